@@ -1,0 +1,79 @@
+"""Bytes → pixels: the one place where image files are opened. Pillow and numpy only.
+
+Every image is read as a browser shows it: EXIF orientation applied, first frame, transparency on white, 16 bit scaled
+to 8 bit. Sizes are checked on the header, before a pixel is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from kptllm_core.errors import ImageError, TooLarge
+
+MAX_PIXELS = 100_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM")
+_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of the oriented image, from the header alone. Raises ImageError or TooLarge."""
+    image = _open(data, max_pixels)
+    try:
+        sideways = image.getexif().get(0x0112, 1) in _SIDEWAYS
+    except Exception:  # noqa: BLE001 - a broken EXIF block is no reason to refuse an image
+        sideways = False
+    return (image.height, image.width) if sideways else image.size
+
+
+def read_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of the oriented image. Raises ImageError or TooLarge with what was found."""
+    if not isinstance(source, bytes):
+        path = Path(source)
+        try:
+            source = path.read_bytes()
+        except OSError as error:
+            raise ImageError(f"Cannot read the image {path}: {error.strerror or error}.") from None
+    image = _open(source, max_pixels)
+    try:
+        image.load()
+        try:
+            image = ImageOps.exif_transpose(image)
+        except Exception:  # noqa: BLE001 - see image_size
+            pass
+        return np.ascontiguousarray(_to_rgb(image))
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        raise ImageError(f"The image ({image.format or 'unknown format'}, {len(source)} bytes) is damaged or cut short: {error}.") from None
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ImageError("The image is empty (0 bytes). Upload it again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise TooLarge(f"The image has too many pixels: {error}.") from None
+    except Exception:  # noqa: BLE001 - Pillow raises many kinds for bad bytes
+        raise ImageError(f"Not an image ({len(data)} bytes, starting with {data[:8]!r}). Expected one of {', '.join(FORMATS)}.") from None
+    if image.width * image.height > max_pixels:
+        raise TooLarge(f"The image has {image.width} × {image.height} pixels; at most {max_pixels:,} are allowed. Scale it down.")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.float64)
+        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        grey = np.clip(values / top * 255.0, 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(paper, rgba)
+    return np.asarray(image.convert("RGB"))
