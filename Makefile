@@ -1,0 +1,73 @@
+# The commands of this repository. Each one sets up what it needs; nothing has to be typed before it.
+#
+#   make demo        Label Studio + backend + core on this machine, with sample images, until Ctrl-C
+#   make demo IMAGES=folder [LABELS=annotations.json] [CONFIG=config.xml]      the same with your own images
+#   make demo ONCE=1 the whole tour by itself: label, predict, correct, train, decide, predict again
+#   make test        every test but the long ones;  make test-slow  the long ones;  make lint  ruff and mypy
+#   make setup       only the environments: .venv, and .labelstudio/venv for Label Studio
+#   make clean       removes what the tools made (caches, demo data);  make distclean  the environments too
+#
+# LABEL_STUDIO_BIN=/path/to/label-studio   uses a Label Studio 1.23.2 that is already installed
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+LS_VENV := .labelstudio/venv
+RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest
+
+ifeq ($(LABEL_STUDIO_BIN),)
+LABEL_STUDIO := $(LS_VENV)/.ready
+else
+LABEL_STUDIO :=
+export LABEL_STUDIO_BIN
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint clean distclean
+
+help:
+	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
+
+# An environment is ready when its file .ready is newer than its requirements. `.installing` marks an install that did
+# not come to its end: such a folder is made anew, whatever state it is in, and so is one whose Python does not run
+# (the repository was moved, or the Python it was made with is gone).
+define install
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else f"Found Python {v[0]}.{v[1]}; 3.11 or later is needed. Name one: make PYTHON=python3.11 setup")'
+	@if [ -e $(1)/.installing ] || ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then rm -rf $(1); $(PYTHON) -m venv $(1); fi
+	@echo "Installing $(2) into $(1) (some minutes the first time) ..."
+	@touch $(1)/.installing
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check -r $(2)
+	@rm $(1)/.installing
+	@touch $@
+endef
+
+setup: $(VENV)/.ready $(LABEL_STUDIO)
+
+$(VENV)/.ready: requirements.txt requirements/backend.txt requirements/dev.txt requirements/lock.txt
+	$(call install,$(VENV),requirements/dev.txt)
+
+$(LS_VENV)/.ready: requirements/label-studio.txt requirements/label-studio-lock.txt
+	$(call install,$(LS_VENV),requirements/label-studio.txt)
+
+# `exec`: Ctrl-C reaches the demo itself, which then stops everything that it started.
+demo: setup
+	@exec $(RUN) -m backend.demo $(if $(IMAGES),--images "$(IMAGES)") $(if $(LABELS),--labels "$(LABELS)") \
+		$(if $(CONFIG),--config "$(CONFIG)") $(if $(filter-out 0,$(ONCE)),--once) $(DEMO_ARGS)
+
+test: setup
+	@exec $(PYTEST) $(ARGS)
+
+test-slow: setup
+	@exec $(PYTEST) -m slow $(ARGS)
+
+lint: $(VENV)/.ready
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf .data .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path "./$(VENV)/*" -not -path "./.labelstudio/*" -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) .labelstudio
