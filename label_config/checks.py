@@ -11,7 +11,9 @@ import math
 from typing import Any
 
 from kptllm_core.errors import InvalidInput
-from label_config.markup import children_of, parse_xml
+from label_config.markup import children_of, parse_xml, wire_of
+
+BOXES = ("rectanglelabels", "rectangle")
 
 
 def check_prediction(config: str, prediction: Any, sdk: bool = True) -> None:
@@ -34,7 +36,7 @@ def _sdk_problems(config: str, prediction: Any) -> list[str]:
         return []
     try:
         return [str(e) for e in LabelInterface(config).validate_prediction(prediction, return_errors=True)]
-    except Exception as error:  # the SDK raises many unrelated types for configs that it cannot read
+    except Exception as error:  # noqa: BLE001 - the SDK raises many unrelated types for configs that it cannot read
         return [f"the SDK cannot read the label config: {error}"]
 
 
@@ -55,7 +57,7 @@ def _problems(config: str, prediction: Any) -> list[str]:
     regions = [(i, r) for i, r in enumerate(prediction["result"]) if isinstance(r, dict)]
     if len(regions) < len(prediction["result"]):
         problems.append("the result holds entries that are no objects")
-    parents = {r["id"] for _, r in regions if isinstance(r.get("id"), str) and r.get("type") in ("rectanglelabels", "rectangle")}
+    parents = {r["id"] for _, r in regions if isinstance(r.get("id"), str) and r.get("type") in BOXES}
     for i, region in regions:
         if region.get("type") != "relation":
             problems += [f"region {i}: {text}" for text in _region_problems(region, tags, seen, parents)]
@@ -69,7 +71,7 @@ def _tags(config: str) -> dict[str, tuple[str, set[str], set[str]]]:
     for element in root.iter():
         if element.get("name") and element.get("toName"):
             children = [*children_of(element, "label"), *children_of(element, "choice")]
-            labels = {c.get("alias") or c.get("value", "") for c in children}
+            labels = {wire_of(c) for c in children}
             objects = {part.strip() for part in element.get("toName", "").split(",")}
             found[element.get("name", "")] = (str(element.tag).lower(), objects, labels)
     return found
@@ -87,7 +89,9 @@ def _region_problems(region: dict[str, Any], tags: dict[str, tuple[str, set[str]
     if known is None:
         return [f"from_name '{region.get('from_name')}' is not in the config ({', '.join(tags)})"]
     if region.get("to_name") not in known[1]:
-        problems.append(f"to_name '{region.get('to_name')}' is not what '{region['from_name']}' labels ({', '.join(known[1])})")
+        problems.append(
+            f"to_name '{region.get('to_name')}' is not what '{region['from_name']}' labels ({', '.join(known[1])})"
+        )
     if kind != known[0]:
         problems.append(f"type '{kind}' does not fit the tag ({known[0]})")
     if region_id in seen:
@@ -109,7 +113,7 @@ def _region_problems(region: dict[str, Any], tags: dict[str, tuple[str, set[str]
             problems.append(f"{key} is {region.get(key)!r}; expected pixels")
     if region.get("image_rotation") != 0:
         problems.append("image_rotation must be 0")
-    for key in ("x", "y", "width") + (("height",) if kind.startswith("rectangle") else ()) if isinstance(kind, str) else ():
+    for key in ("x", "y", "width", *(("height",) if kind in BOXES else ())):
         if not _within(value.get(key), 0, 100):
             problems.append(f"{key} is {value.get(key)!r}; expected 0…100")
     if kind == "keypointlabels":
@@ -127,4 +131,9 @@ def _region_problems(region: dict[str, Any], tags: dict[str, tuple[str, set[str]
 
 
 def _within(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and low <= value <= high
+    )

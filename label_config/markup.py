@@ -24,7 +24,9 @@ class _SafeBuilder(ElementTree.TreeBuilder):
         self._depth = 0
 
     def doctype(self, *_: Any) -> None:
-        raise SchemaError("The label config has a DOCTYPE; entities and external files are refused. Remove the <!DOCTYPE …> line.")
+        raise SchemaError(
+            "The label config has a DOCTYPE; entities and external files are refused. Remove the <!DOCTYPE …> line."
+        )
 
     def start(self, tag: Any, attrs: Any) -> Element:
         self._depth += 1
@@ -44,14 +46,22 @@ def parse_xml(config: str) -> Element:
     if len(config) > MAX_CHARACTERS:
         raise SchemaError(f"The label config has {len(config)} characters; at most {MAX_CHARACTERS} are read.")
     try:
-        return ElementTree.fromstring(config.strip(), parser=ElementTree.XMLParser(target=_SafeBuilder()))
+        parser = ElementTree.XMLParser(target=_SafeBuilder())  # noqa: S314 - refuses DOCTYPE, so no entity can be declared
+        return ElementTree.fromstring(config.strip(), parser=parser)  # noqa: S314
     except (ElementTree.ParseError, UnicodeEncodeError, ValueError) as error:
-        raise SchemaError(f"The label config is no valid XML: {error}. In attributes write &lt; &amp; &quot; for < & \".") from None
+        raise SchemaError(
+            f'The label config is no valid XML: {error}. In attributes write &lt; &amp; &quot; for < & ".'
+        ) from None
 
 
 def children_of(element: Element, tag: str) -> list[Element]:
     """All elements of that tag below `element`, at any depth, in the order of the text."""
     return [e for e in element.iter() if e is not element and isinstance(e.tag, str) and e.tag.lower() == tag]
+
+
+def wire_of(element: Element) -> str:
+    """What a Label or Choice is called in annotations and predictions: its alias where it has one, else its value."""
+    return element.get("alias") or element.get("value") or ""
 
 
 def show(element: Element) -> str:
@@ -88,7 +98,9 @@ def fraction(element: Element, attribute: str, default: float) -> float:
         return default
     value = _float(text)
     if value is None or not 0 <= value <= 1:
-        raise SchemaError(f'{show(element)} has {attribute}="{text[:40]}"; expected a number from 0 to 1, as in {attribute}="0.3".')
+        raise SchemaError(
+            f'{show(element)} has {attribute}="{text[:40]}"; expected a number from 0 to 1, as in {attribute}="0.3".'
+        )
     return value
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from kptllm_core.errors import InvalidInput
 from kptllm_core.geometry import clip_box, clip_to_image, from_percent, to_percent
 from kptllm_core.keypoints import KeypointSet, Visibility
+from label_config.checks import BOXES
 from label_config.checks import check_prediction as check_prediction
 from label_config.schema import KeypointControl, LabelConfig
 
@@ -86,7 +87,11 @@ def to_prediction(
             raise InvalidInput(f"The control '{control.from_name}' is not in this label config.")
         result += to_regions(control, keypoints, width, height)
     scores = [r["score"] for r in result if r["type"] == "keypointlabels"]
-    return {"result": result, "score": round(sum(scores) / len(scores), 4) if scores else 0.0, "model_version": model_version}
+    return {
+        "result": result,
+        "score": round(sum(scores) / len(scores), 4) if scores else 0.0,
+        "model_version": model_version,
+    }
 
 
 def _common(region_id: str, from_name: str, to_name: str, kind: str, width: int, height: int, score: float) -> Region:
@@ -123,7 +128,9 @@ def _box_region(control: KeypointControl, points: KeypointSet, label: str | None
     if w <= 0 or h <= 0:
         return None
     (x0, y0), (x1, y1) = np.clip(to_percent(np.array([[x, y], [x + w, y + h]]), width, height), 0.0, 100.0)
-    region = _common(new_id(), control.box.from_name, control.to_name, control.box.type, width, height, points.object_score)
+    region = _common(
+        new_id(), control.box.from_name, control.to_name, control.box.type, width, height, points.object_score
+    )
     region["value"] = {"x": float(x0), "y": float(y0), "width": float(x1 - x0), "height": float(y1 - y0), "rotation": 0}
     if control.box.type == "rectanglelabels":
         region["value"]["rectanglelabels"] = [label if label in control.box.labels else control.box.labels[0]]
@@ -160,17 +167,23 @@ class ReadResult:
     problems: tuple[str, ...]  # what could not be used, in words; nothing is dropped without an entry here
 
 
-def from_result(control: KeypointControl, result: list[Any], width: int | None = None, height: int | None = None) -> list[KeypointSet]:
+def from_result(
+    control: KeypointControl, result: list[Any], width: int | None = None, height: int | None = None
+) -> list[KeypointSet]:
     """The objects that a person labelled; see `read_result` for what could not be used."""
     return [o.keypoints for o in read_result(control, result, width, height).objects]
 
 
-def boxes_in(control: KeypointControl, result: list[Any], width: int | None = None, height: int | None = None) -> list[np.ndarray]:
+def boxes_in(
+    control: KeypointControl, result: list[Any], width: int | None = None, height: int | None = None
+) -> list[np.ndarray]:
     """(4,) x, y, w, h in pixels of every box of this control that a person drew."""
     return [b.box for b in read_result(control, result, width, height).boxes]
 
 
-def read_result(control: KeypointControl, result: list[Any], width: int | None = None, height: int | None = None) -> ReadResult:
+def read_result(
+    control: KeypointControl, result: list[Any], width: int | None = None, height: int | None = None
+) -> ReadResult:
     """Regions of an annotation (or of an interactive context) → objects in pixels.
 
     width, height: of the image as it was loaded; without them the regions' own original_width/height serve.
@@ -193,9 +206,13 @@ def read_result(control: KeypointControl, result: list[Any], width: int | None =
         if clear:
             groups.setdefault(group, []).append(point)
         else:
-            problems.append(f"'{point.name}' ({point.region_id}) lies in several boxes; give it a parent in Label Studio's region list")
+            problems.append(
+                f"'{point.name}' ({point.region_id}) lies in several boxes; give it a parent in Label Studio's region list"
+            )
     by_id = {b.region_id: b for b in boxes}
-    objects = [_object(control, members, by_id.get(group or ""), problems) for group, members in groups.items() if members]
+    objects = [
+        _object(control, members, by_id.get(group or ""), problems) for group, members in groups.items() if members
+    ]
     return ReadResult(tuple(o for o in objects if o.keypoints.placed.any()), tuple(boxes), tuple(problems))
 
 
@@ -229,7 +246,9 @@ def _read_points(control: KeypointControl, region: Region, width: int | None, he
     percent = _numbers(value, ("x", "y"))
     size = _image_size(region, width, height)
     if percent is None or not all(0.0 <= p <= 100.0 for p in percent):
-        problems.append(f"{where} lies at ({value.get('x')!r}, {value.get('y')!r}); expected 0…100 per cent; it was not used")
+        problems.append(
+            f"{where} lies at ({value.get('x')!r}, {value.get('y')!r}); expected 0…100 per cent; it was not used"
+        )
         return []
     if isinstance(size, str):
         problems.append(f"{where} {size}; it was not used")
@@ -239,44 +258,52 @@ def _read_points(control: KeypointControl, region: Region, width: int | None, he
     for label in dict.fromkeys(str(label) for label in labels):
         name = control.name_of(label)
         if name is None:
-            problems.append(f"{where} has the label '{label}', which is not in '{control.from_name}': {', '.join(control.shown)}")
+            problems.append(
+                f"{where} has the label '{label}', which is not in '{control.from_name}': {', '.join(control.shown)}"
+            )
             continue
         found.append(_Point(name, (float(x), float(y)), (percent[0], percent[1]), bool(region_id) and region.get("id") in hidden,
                             region_id, region.get("parentID") or None, region.get("origin")))  # fmt: skip
     return found
 
 
-def _read_box(control: KeypointControl, region: Region, width: int | None, height: int | None, problems: list[str]) -> DrawnBox | None:
+def _read_box(
+    control: KeypointControl, region: Region, width: int | None, height: int | None, problems: list[str]
+) -> DrawnBox | None:
     box = control.box
     if box is None or region.get("from_name") != box.from_name or region.get("to_name", box.to_name) != box.to_name:
         return None
-    if region.get("type") not in ("rectanglelabels", "rectangle"):
+    if region.get("type") not in BOXES:
         return None
-    value = region.get("value")
+    value = region["value"] if isinstance(region.get("value"), dict) else {}
     where = f"box region {region.get('id') or 'without id'}"
-    labels = value.get("rectanglelabels") or value.get("labels") if isinstance(value, dict) else None
+    labels = value.get("rectanglelabels") or value.get("labels")
     label = next((str(n) for n in labels if n in box.labels), None) if isinstance(labels, list) else None
     if labels and box.labels and label is None:
         return None  # a box of another kind of object, which shares the control
-    numbers = _numbers(value, ("x", "y", "width", "height")) if isinstance(value, dict) else None
+    numbers = _numbers(value, ("x", "y", "width", "height"))
     size = _image_size(region, width, height)
     if numbers is None or isinstance(size, str):
-        problems.append(f"{where} {size if isinstance(size, str) else 'has no finite x, y, width and height'}; it was not used")
+        problems.append(
+            f"{where} {size if isinstance(size, str) else 'has no finite x, y, width and height'}; it was not used"
+        )
         return None
     turn = _numbers(value, ("rotation",)) if value.get("rotation") is not None else (0.0,)
     if turn is None:
         problems.append(f"{where} has the rotation {value.get('rotation')!r}, which is no number; it was not used")
         return None
-    hull = clip_box(_upright(*numbers, turn[0], *size), *size)
+    hull = clip_box(_upright(np.array(numbers), turn[0], *size), *size)
     if not (numbers[2] > 0 and numbers[3] > 0 and hull[2] > 0 and hull[3] > 0):
-        problems.append(f"{where} has no area on the image: {', '.join(f'{n:g}' for n in numbers)} per cent; it was not used")
+        problems.append(
+            f"{where} has no area on the image: {', '.join(f'{n:g}' for n in numbers)} per cent; it was not used"
+        )
         return None
     return DrawnBox(hull, str(region.get("id") or random_id()), label, region.get("origin"))
 
 
-def _upright(x: float, y: float, w: float, h: float, degrees: float, width: int, height: int) -> np.ndarray:
-    """Per cent of a rectangle that Label Studio turns about its top left corner → (4,) pixels of the upright hull."""
-    corner, far = from_percent(np.array([[x, y], [x + w, y + h]]), width, height)
+def _upright(percent: np.ndarray, degrees: float, width: int, height: int) -> np.ndarray:
+    """(4,) x, y, w, h in per cent, turned by Label Studio clockwise about the top left corner → (4,) pixels of the hull."""
+    corner, far = from_percent(np.array([percent[:2], percent[:2] + percent[2:]]), width, height)
     if degrees % 360 == 0:
         return np.concatenate([corner, far - corner])
     angle = math.radians(degrees)
@@ -291,7 +318,9 @@ def _is_hidden(control: KeypointControl, region: Region) -> bool:
         return False
     value = region.get("value")
     choices = value.get("choices") if isinstance(value, dict) else None
-    return isinstance(choices, list) and any(control.occluded_choice in (c, *(c if isinstance(c, list) else ())) for c in choices)
+    return isinstance(choices, list) and any(
+        control.occluded_choice in (c, *(c if isinstance(c, list) else ())) for c in choices
+    )
 
 
 def _group_of(point: _Point, parents: dict[Any, Any], boxes: list[DrawnBox]) -> tuple[str | None, bool]:
@@ -314,7 +343,9 @@ def _group_of(point: _Point, parents: dict[Any, Any], boxes: list[DrawnBox]) -> 
     return (inside[0].region_id if inside else None), True
 
 
-def _object(control: KeypointControl, members: list[_Point], box: DrawnBox | None, problems: list[str]) -> LabelledObject:
+def _object(
+    control: KeypointControl, members: list[_Point], box: DrawnBox | None, problems: list[str]
+) -> LabelledObject:
     names = control.schema.names
     xy, visibility = np.zeros((len(names), 2)), np.zeros(len(names), np.int8)
     if control.missing == "absent":
@@ -341,7 +372,9 @@ def _object(control: KeypointControl, members: list[_Point], box: DrawnBox | Non
 def _numbers(value: Region, keys: tuple[str, ...]) -> tuple[float, ...] | None:
     """The finite numbers under these keys; None if one is missing or is something else."""
     found = [value.get(key) for key in keys]
-    if all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in found):  # NaN < 1e9 is False
+    if all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in found
+    ):  # NaN < 1e9 is False
         return tuple(float(v) for v in found if v is not None)
     return None
 
@@ -352,7 +385,11 @@ def _image_size(region: Region, width: int | None, height: int | None) -> tuple[
     if own is not None and not (own[0] >= 1 and own[1] >= 1):
         own = None
     if width is None or height is None:
-        return (round(own[0]), round(own[1])) if own else "does not say how large its image is (original_width, original_height)"
+        return (
+            (round(own[0]), round(own[1]))
+            if own
+            else "does not say how large its image is (original_width, original_height)"
+        )
     if own and abs(own[0] / own[1] * width / height - 1) < 0.02 < abs(width / height - 1):
         return (f"was drawn on an image of {own[0]:g} × {own[1]:g}, but the image has {width} × {height}: "
                 "one of them is turned by 90°, so the place is not known")  # fmt: skip

@@ -35,7 +35,7 @@ from xml.etree.ElementTree import Element
 
 from kptllm_core.errors import SchemaError
 from kptllm_core.keypoints import KeypointSchema, symmetric_pairs
-from label_config.markup import children_of, flag, fraction, integer, number, parse_xml, show
+from label_config.markup import children_of, flag, fraction, integer, number, parse_xml, show, wire_of
 
 OCCLUDED_WORDS = ("occluded", "hidden", "invisible", "not visible", "verdeckt", "occulté", "oculto")
 UNDEFINED = "$undefined$"  # the key under which Label Studio imports plain files, until a config names it
@@ -110,7 +110,7 @@ class KeypointControl:
         """The point that a label of the wire means, by alias or value; None if it is not one of ours."""
         for known in (self.labels, self.shown):
             if label in known:
-                return self.schema.names[known.index(label)]  # type: ignore[arg-type]
+                return self.schema.names[known.index(str(label))]
         return None
 
 
@@ -148,14 +148,18 @@ def parse(config: str) -> LabelConfig:
         for to_name in (part.strip() for part in element.get("toName", "").split(",")):
             image = images.get(to_name)
             if image is None:
-                notes.append(f"{show(element)} labels '{to_name}', which is no <Image>; images here: {', '.join(images) or 'none'}")
+                notes.append(
+                    f"{show(element)} labels '{to_name}', which is no <Image>; images here: {', '.join(images) or 'none'}"
+                )
             elif not re.fullmatch(r"\$[\w.\[\]]+", image.get("value", "")):
-                notes.append(f"{show(image)} must name one field of the task, as in value=\"$image\"")
+                notes.append(f'{show(image)} must name one field of the task, as in value="$image"')
             else:
                 controls.append(_control(root, element, image, alone=len(elements) == 1))
     if not controls:
         found = f"found {'; '.join(notes)}" if notes else f"found no <KeyPointLabels>{_instead(root)}"
-        raise SchemaError(f"The label config has no KeyPointLabels on an Image: {found}. A config that works:\n{EXAMPLE}")
+        raise SchemaError(
+            f"The label config has no KeyPointLabels on an Image: {found}. A config that works:\n{EXAMPLE}"
+        )
     return LabelConfig(tuple(controls), tuple(notes))
 
 
@@ -170,14 +174,17 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
     """`alone`: no other KeyPointLabels competes for the boxes."""
     from_name, to_name = element.get("name", ""), image.get("name", "")
     tags = _ordered(element, _labels(element))
-    shown = tuple(tag.get("value") or tag.get("alias", "") for tag in tags)
-    wire = tuple(tag.get("alias") or tag.get("value", "") for tag in tags)
+    shown = tuple(tag.get("value", "") or wire_of(tag) for tag in tags)
+    wire = tuple(wire_of(tag) for tag in tags)
     names, kind = _model_names(tags, shown)
-    for what, words in (("value", shown), ("alias", wire), ("predicted_values", names)):
-        twice = sorted({w for w in words if words.count(w) > 1})
+    for what, given in (("value", shown), ("alias", wire), ("predicted_values", names)):
+        twice = sorted({w for w in given if given.count(w) > 1})
         if twice:
-            raise SchemaError(f"{show(element)} has the {what} {', '.join(map(repr, twice))} on several labels; each point needs its own, "
-                              f'as in <Label value="{twice[0]}_2"/>. Points of several objects share one Label each; draw a box per object.')  # fmt: skip
+            raise SchemaError(
+                f"{show(element)} has the {what} '{twice[0]}' on several labels; each point needs its own, as in "
+                f'<Label value="{twice[0]}_2"/>. To label several objects keep one Label per point and add a box '
+                f'control: <RectangleLabels name="{from_name}_bbox" toName="{to_name}"><Label value="object"/>…'
+            )
     kind = element.get("model_category", "").strip() or kind
     box = _box(root, element, to_name, alone, kind)
     category = kind or (box.labels[0] if box and len(box.labels) == 1 else "object")
@@ -187,7 +194,9 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
     else:
         symmetric = _pairs(element, "model_symmetric", words)
         if len(_disjoint(symmetric)) < len(symmetric):
-            raise SchemaError(f"model_symmetric of {show(element)} names a point in two pairs; a point has one mirror image.")
+            raise SchemaError(
+                f"model_symmetric of {show(element)} names a point in two pairs; a point has one mirror image."
+            )
     schema = KeypointSchema(names, category, _pairs(element, "model_skeleton", words), symmetric)
     missing = element.get("model_missing", "unlabelled").strip().lower()
     if missing not in ("absent", "unlabelled"):
@@ -206,9 +215,9 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
 
 
 def _labels(element: Element) -> list[Element]:
-    labels = [e for e in children_of(element, "label") if (e.get("alias") or e.get("value") or "").strip()]
+    labels = [e for e in children_of(element, "label") if wire_of(e).strip()]
     if not labels and element.get("value", "").startswith("$"):
-        raise SchemaError(f"{show(element)} takes its labels from each task; a schema needs fixed ones. Write them down:\n{EXAMPLE}")
+        raise SchemaError(f"{show(element)} takes its labels from each task; write fixed ones down, as in\n{EXAMPLE}")
     if not labels:
         raise SchemaError(f'{show(element)} has no labels. Add one per point inside it: <Label value="nose"/>')
     return labels
@@ -222,7 +231,8 @@ def _ordered(element: Element, tags: list[Element]) -> list[Element]:
     if twice:
         raise SchemaError(f'{show(element)} has model_index="{twice[0]}" on two labels. Number them 0, 1, 2, …')
     last = max(given, default=0) + 1
-    return [tag for _, _, tag in sorted(((last if i is None else i), at, tag) for at, (i, tag) in enumerate(zip(index, tags, strict=True)))]
+    keys = [last if i is None else i for i in index]
+    return [tags[at] for at in sorted(range(len(tags)), key=keys.__getitem__)]  # stable
 
 
 def _model_names(tags: list[Element], shown: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
@@ -249,7 +259,7 @@ def _box(root: Element, element: Element, to_name: str, alone: bool, kind: str) 
         return None
     box = (named or free)[0]
     tag = str(box.tag).lower()
-    labels = tuple(e.get("alias") or e.get("value", "") for e in children_of(box, "label") if e.get("alias") or e.get("value"))
+    labels = tuple(wire_of(e) for e in children_of(box, "label") if wire_of(e))
     if tag == "rectanglelabels" and not labels:
         raise SchemaError(f'{show(box)} has no labels. Add one per kind of object inside it: <Label value="object"/>')
     if not alone and not named:
@@ -260,7 +270,9 @@ def _box(root: Element, element: Element, to_name: str, alone: bool, kind: str) 
 
 
 def _belongs_to_another(root: Element, element: Element, box: Element) -> bool:
-    return any(box.get("name") == f"{e.get('name')}_bbox" for e in children_of(root, "keypointlabels") if e is not element)
+    return any(
+        box.get("name") == f"{e.get('name')}_bbox" for e in children_of(root, "keypointlabels") if e is not element
+    )
 
 
 def _occluded(root: Element, from_name: str, to_name: str) -> tuple[str | None, str]:
@@ -271,8 +283,8 @@ def _occluded(root: Element, from_name: str, to_name: str) -> tuple[str | None, 
         if element.get("whenTagName", from_name) != from_name or element.get("whenLabelValue"):
             continue  # asked for other regions, or for a single label only
         for choice in children_of(element, "choice"):
-            if {choice.get("value", "").strip().casefold(), choice.get("alias", "").strip().casefold()} & set(OCCLUDED_WORDS):
-                return element.get("name"), choice.get("alias") or choice.get("value", "")
+            if {choice.get(key, "").strip().casefold() for key in ("value", "alias")} & set(OCCLUDED_WORDS):
+                return element.get("name"), wire_of(choice)
     return None, ""
 
 
@@ -286,7 +298,9 @@ def _pairs(element: Element, attribute: str, words: dict[str, int]) -> tuple[tup
         try:
             ends = [(str(a), str(b)) for a, b in json.loads(text)]
         except (ValueError, TypeError):
-            raise SchemaError(f'{attribute} of {show(element)} is no JSON list of pairs like [["head","neck"]]: found {text[:80]}') from None
+            raise SchemaError(
+                f'{attribute} of {show(element)} is no JSON list of pairs like [["head","neck"]]: found {text[:80]}'
+            ) from None
         unknown = [w for pair in ends for w in pair if w not in words]
     else:
         ends, unknown = [], []
