@@ -1,0 +1,126 @@
+"""COCO keypoints on disk → samples. A folder holds `annotations.json` and `images/`. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kptllm_core.errors import DataError
+from kptllm_core.imaging import read_image
+from kptllm_core.keypoints import KeypointSchema, KeypointSet, symmetric_pairs
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One annotated object in one image."""
+
+    image_path: Path
+    image_id: int | str
+    width: int
+    height: int
+    schema: KeypointSchema
+    keypoints: KeypointSet
+    """In pixels; its box is the annotation's."""
+    group: str
+    """Split key: samples of one group (a video, a person, a specimen) never stand on both sides of a split."""
+
+    @property
+    def category(self) -> str:
+        return self.schema.category
+
+    def read(self) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return read_image(self.image_path)
+
+
+@dataclass(frozen=True)
+class KeypointDataset:
+    """The samples of one folder."""
+
+    folder: Path
+    samples: list[Sample]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def by_category(self) -> dict[str, list[Sample]]:
+        """Samples of each category, in file order."""
+        found: dict[str, list[Sample]] = {}
+        for sample in self.samples:
+            found.setdefault(sample.category, []).append(sample)
+        return found
+
+    @property
+    def schema(self) -> KeypointSchema:
+        """The schema of a folder with one category; DataError if there are several."""
+        schemas = {s.schema.category: s.schema for s in self.samples}
+        if len(schemas) != 1:
+            raise DataError(f"{self.folder} has {len(schemas)} categories ({', '.join(schemas) or 'none'}); expected one.")
+        return next(iter(schemas.values()))
+
+
+def load_coco(folder: str | Path) -> KeypointDataset:
+    """Reads `folder/annotations.json`. DataError says what is wrong in the file, and where.
+
+    COCO's v is read as `Visibility`: 0 not labelled, 1 occluded, 2 visible, and (ours) 3 absent. Skeletons are 1-based.
+    """
+    folder = Path(folder)
+    path = folder / "annotations.json"
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(f"{folder} has no annotations.json. Expected a folder with annotations.json (COCO keypoints) and images/.") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no readable JSON: {error}.") from None
+    try:
+        schemas = {c["id"]: schema_of_category(c) for c in data["categories"] if c.get("keypoints")}
+        images = {i["id"]: i for i in data["images"]}
+        samples = [_sample(folder, a, images, schemas) for a in data["annotations"] if not a.get("iscrowd") and a.get("keypoints")]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(f"{path} is not COCO keypoints: {type(error).__name__} {error}. Expected images, annotations, categories with 'keypoints'.") from None
+    if not schemas:
+        raise DataError(f"{path}: no category has 'keypoints'.")
+    return KeypointDataset(folder, samples)
+
+
+def schema_of_category(category: dict[str, Any]) -> KeypointSchema:
+    """A COCO category → schema; left/right pairs are read from the names."""
+    names = tuple(str(n) for n in category["keypoints"])
+    skeleton = tuple((int(a) - 1, int(b) - 1) for a, b in category.get("skeleton") or ())
+    return KeypointSchema(names, str(category.get("name", "object")), skeleton, symmetric_pairs(names))
+
+
+def write_coco(folder: Path, schema: KeypointSchema, items: Iterable[tuple[str, int, int, KeypointSet, str]]) -> None:
+    """The inverse of `load_coco` for one category. items: (file name, width, height, keypoints, group), one for each image."""
+    images, annotations = [], []
+    for number, (name, width, height, points, group) in enumerate(items, 1):
+        images.append({"id": number, "file_name": name, "width": width, "height": height, "group": group})
+        points = points.reorder(schema.names)
+        box = points.object_box()
+        flat = [round(float(v), 3) for row, s in zip(points.xy, points.visibility, strict=True) for v in (*row, int(s))]
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "keypoints": flat, "iscrowd": 0,
+                            "num_keypoints": int(points.placed.sum()), "bbox": [0, 0, width, height] if box is None else [round(float(v), 3) for v in box],
+                            "area": float(width * height if box is None else box[2] * box[3])})  # fmt: skip
+    category = {"id": 1, "name": schema.category, "keypoints": list(schema.names), "skeleton": [[a + 1, b + 1] for a, b in schema.skeleton]}
+    (folder / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": [category]}))
+
+
+def _sample(folder: Path, annotation: dict[str, Any], images: dict[Any, dict[str, Any]], schemas: dict[Any, KeypointSchema]) -> Sample:
+    schema = schemas.get(annotation["category_id"])
+    image = images.get(annotation["image_id"])
+    if schema is None or image is None:
+        raise DataError(f"{folder}: annotation {annotation.get('id')} names an unknown image or category.")
+    values = np.asarray(annotation["keypoints"], np.float64)
+    if values.size != 3 * len(schema):
+        raise DataError(f"{folder}: annotation {annotation.get('id')} has {values.size} numbers; expected 3 × {len(schema)} (x, y, v).")
+    values = values.reshape(-1, 3)
+    box = annotation.get("bbox")
+    usable = box is not None and len(box) == 4 and box[2] > 0 and box[3] > 0
+    points = KeypointSet(schema.names, values[:, :2], values[:, 2].astype(np.int8), None, np.asarray(box) if usable else None)
+    width, height = int(image.get("width", 0)), int(image.get("height", 0))
+    return Sample(folder / "images" / str(image["file_name"]), image["id"], width, height, schema, points, str(image.get("group", image["id"])))

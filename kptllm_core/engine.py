@@ -1,0 +1,218 @@
+"""The resident model and the one lock around its device. Between the HTTP face and the Predictor; knows neither HTTP nor tensors.
+
+A request waits for the device at most behind `max_waiting` others, and holds it for one batch of images at a time, so
+that large requests and small ones take turns. An unusable query never fails the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kptllm_core.errors import ImageError, InvalidInput, KptError, TooLarge, Unavailable
+from kptllm_core.imaging import read_image
+from kptllm_core.keypoints import KeypointSet
+from kptllm_core.messages import Labelled, NameRequest, PredictRequest, Query
+from kptllm_core.store import AdapterStore, ImageStore
+
+if TYPE_CHECKING:  # loading it loads torch, which is for the thread that loads the model
+    from kptllm_core.predictor import Example, Predictor
+
+log = logging.getLogger(__name__)
+
+BATCH = 8  # images predicted under one hold of the lock
+
+
+class Gone(Exception):
+    """The client hung up; nobody reads the answer."""
+
+
+class Engine:
+    """Predictions for many threads from one Predictor. `load` makes the Predictor; it runs in a thread of its own."""
+
+    def __init__(self, load: Callable[[], Predictor], images: ImageStore, adapters: AdapterStore, *,
+                 batch: int = BATCH, max_waiting: int = 8, decoded_bytes: int = 512 * 2**20) -> None:  # fmt: skip
+        self.images, self.adapters, self.batch = images, adapters, batch
+        self._load = load
+        self._pixels = DecodedImages(images, decoded_bytes)
+        self._device = threading.Lock()
+        self._places = threading.Semaphore(max_waiting)
+        self._max_waiting, self._inside, self._count = max_waiting, 0, threading.Lock()
+        self._predictor: Predictor | None = None
+        self._active: object = None  # identity of the adapter that the Predictor holds now
+
+    def load(self) -> None:
+        """Loads the model; returns when it answers. Raises what `load_predictor` raises."""
+        predictor = self._load()
+        with self._device:
+            self._predictor = predictor
+        log.info("Model %s is ready on %s.", predictor.base, predictor.device)
+
+    @property
+    def ready(self) -> bool:
+        return self._predictor is not None
+
+    @property
+    def predictor(self) -> Predictor:
+        """Unavailable while the model is loading."""
+        if self._predictor is None:
+            raise Unavailable("The model is still loading. Try again in a few seconds.", code="loading")
+        return self._predictor
+
+    @property
+    def waiting(self) -> int:
+        """Requests that use the device or wait for it."""
+        return self._inside
+
+    def predict(self, request: PredictRequest, gone: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
+        """One entry per query, in order: {"keypoints", "size": [w, h]} or {"error"}. Raises what spoils all of them."""
+        with self._place():
+            support = self._examples(request.support)
+            results: list[dict[str, Any]] = []
+            for start in range(0, len(request.queries), self.batch):
+                if gone():
+                    raise Gone
+                results += self._predict_batch(request, support, request.queries[start : start + self.batch])
+            return results
+
+    def name_points(self, request: NameRequest) -> list[tuple[str, float]]:
+        """The name and its probability for each point."""
+        with self._place():
+            image = self._pixels.get(request.image)
+            with self._device, _memory_errors():
+                self._activate(None)
+                return self.predictor.name_points(image, request.xy, box=request.box, candidates=request.candidates)
+
+    def _predict_batch(self, request: PredictRequest, support: list[Example], queries: Sequence[Query | InvalidInput]) -> list[dict[str, Any]]:
+        results: list[dict[str, Any]] = [{} for _ in queries]
+        ready: list[tuple[int, np.ndarray, np.ndarray | None]] = []  # place in the batch, image, box
+        for at, query in enumerate(queries):
+            try:
+                if isinstance(query, InvalidInput):
+                    raise query
+                ready.append((at, self._pixels.get(query.image), query.box))
+            except (InvalidInput, TooLarge) as error:
+                results[at] = {"error": error.to_json()}
+        answers = self._predict(request, support, [image for _, image, _ in ready], [box for _, _, box in ready])
+        for (at, image, _), answer in zip(ready, answers, strict=True):
+            if isinstance(answer, KptError):
+                results[at] = {"error": answer.to_json()}
+            else:
+                results[at] = {"keypoints": answer.to_json(), "size": [image.shape[1], image.shape[0]]}
+        return results
+
+    def _predict(self, request: PredictRequest, support: list[Example], images: list[np.ndarray],
+                 boxes: list[np.ndarray | None]) -> list[KeypointSet | KptError]:  # fmt: skip
+        """The whole batch at once; where that fails, each image alone, so that only the guilty one has an error."""
+        if not images:
+            return []
+        try:
+            with self._device, _memory_errors():
+                self._activate(request.adapter)
+                return list(self.predictor.predict(images, request.schema, support=support, boxes=boxes, prompt=request.prompt))
+        except KptError as error:
+            if error.code == "artifact":
+                raise  # no image is to blame
+            if len(images) == 1:
+                return [error]
+            log.warning("A batch of %d images failed (%s); each is tried alone.", len(images), error.message)
+        except Exception:
+            log.exception("Predicting %d image(s) failed.", len(images))
+            if len(images) == 1:
+                return [KptError("The model failed on this image. The core's log says more.", code="internal")]
+        return [answer for i in range(len(images)) for answer in self._predict(request, support, images[i : i + 1], boxes[i : i + 1])]
+
+    def _activate(self, name: str | None) -> None:
+        """Switches the Predictor to an adapter, or to the bare base. The caller holds the device."""
+        folder = None if name is None else self.adapters.path(name)
+        wanted: object = None
+        if folder is not None:
+            status = folder.stat()
+            wanted = (name, status.st_ino, status.st_mtime_ns)  # one that was deleted and made anew is another one
+        if self._active != wanted:
+            self._active = object()  # unknown, should the switch fail half-way
+            self.predictor.use_adapter(folder)
+            self._active = wanted
+
+    def _examples(self, support: Sequence[Labelled]) -> list[Example]:
+        if not support:
+            return []
+        from kptllm_core.predictor import Example
+
+        examples = []
+        for item in support:
+            try:
+                examples.append(Example(self._pixels.get(item.image), item.keypoints))
+            except (ImageError, TooLarge) as error:
+                raise type(error)(f"The support image {item.image} cannot be used: {error.message}", image=item.image) from None
+        return examples
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place in the queue for the device; Unavailable when the queue is full or the model is still loading."""
+        self.predictor  # noqa: B018 - raises while loading
+        if not self._places.acquire(blocking=False):
+            raise Unavailable(f"{self._max_waiting} requests are waiting for the device already. Try again in a few seconds.", code="busy")
+        with self._count:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._count:
+                self._inside -= 1
+            self._places.release()
+
+
+class DecodedImages:
+    """The last used images as (H, W, 3) uint8, up to `max_bytes` of them."""
+
+    def __init__(self, images: ImageStore, max_bytes: int) -> None:
+        self._images, self._max_bytes = images, max_bytes
+        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, sha: str) -> np.ndarray:
+        """Raises NotFound, ImageError or TooLarge."""
+        with self._lock:
+            if sha in self._kept:
+                self._kept.move_to_end(sha)
+                return self._kept[sha]
+        with _memory_errors():
+            pixels = read_image(self._images.read(sha))
+        with self._lock:
+            if sha not in self._kept and pixels.nbytes <= self._max_bytes:
+                self._kept[sha] = pixels
+                self._bytes += pixels.nbytes
+                while self._bytes > self._max_bytes:
+                    self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return pixels
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Out of memory, on the host or on the GPU, becomes a sentence; what was taken is given back."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise Unavailable("The core ran out of memory on this input. Send smaller images or fewer support examples, or use a "
+                          "smaller preset.", code="out_of_memory") from error  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for Python's, torch's CUDA and torch's CPU kinds of it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

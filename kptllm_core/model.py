@@ -1,0 +1,150 @@
+"""KptLLM: the parts around a causal LLM. Nothing but tensors; images and names are the predictor's business.
+
+The K questions of an image share one prefix: the query image's tokens and the complete support set. Behind it lie K short
+segments; a block mask lets each see the prefix and itself, and positions start again for each, so one pass for K points
+answers as K passes of one would (the paper's way), at hardly more than the cost of one.
+
+    prefix: [image tokens] [one prompt token for each support point, all at one position: a set has no order]
+    segment k: <ask> PROMPT_k <is> name… <keypoint>
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kptllm_core.config import ModelConfig
+from kptllm_core.decoder import Answer, Correlation, HeatmapHead, Refinement, Support
+from kptllm_core.language import Questions
+from kptllm_core.prompts import PromptFeatureExtractor, ShotAttention
+from kptllm_core.vision import Features, build_encoder
+
+
+class Asked(NamedTuple):
+    """Questions as tensors. tokens: (B, K, T); prompted, valid: (B, K) bool; length: (B, K)."""
+
+    tokens: Tensor
+    prompted: Tensor
+    length: Tensor
+    valid: Tensor
+
+
+class KptLLM(nn.Module):
+    """All parts of one model. `vocabulary` is the tokenizer's length, special tokens included."""
+
+    def __init__(self, config: ModelConfig, vocabulary: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vision = build_encoder(config.vision, config.features)
+        self.llm = build_llm(config.llm, vocabulary)
+        dim = int(self.llm.config.hidden_size)
+        self.image_tokens = nn.Sequential(nn.LayerNorm(config.features[2]), nn.Linear(config.features[2], dim))
+        self.extractor = PromptFeatureExtractor(config.features, dim, config.prompt_layers, config.prompt_heads)
+        self.shots = ShotAttention(dim)
+        self.prompt_token = nn.Linear(dim, dim)
+        self.decoder = nn.ModuleDict({"correlation": Correlation(config.features, config.correlation_groups),
+                                      "head": HeatmapHead(config, dim), "refinement": Refinement(config, dim)})  # fmt: skip
+
+    @property
+    def dim(self) -> int:
+        """Width of the LLM."""
+        return int(self.llm.config.hidden_size)
+
+    def encode(self, images: Tensor) -> Features:
+        """(B, 3, S, S) uint8 or 0…255 → feature maps."""
+        return self.vision(images)
+
+    def support(self, features: list[Features], xy: Tensor, known: Tensor) -> Support:
+        """S support images for each of B queries. features: S items with batch B; xy: (B, S, K, 2) in 0…1; known: (B, S, K) bool."""
+        correlation = self.decoder["correlation"]
+        tokens = torch.stack([self.extractor(f, xy[:, s]) for s, f in enumerate(features)], 1)
+        parts = [correlation.sample(correlation.describe(f), xy[:, s]) for s, f in enumerate(features)]
+        weight = self.shots(tokens, known)
+        token = (tokens * weight.unsqueeze(-1).to(tokens.dtype)).sum(1)
+        layout = (xy * weight.unsqueeze(-1)).sum(1)
+        descriptor = tuple(torch.stack(level, 1) for level in zip(*parts, strict=True))
+        return Support(token, descriptor, weight, known.any(1), layout)  # type: ignore[arg-type]
+
+    def no_support(self, batch: int, count: int, device: torch.device) -> Support:
+        """The support of a question by name alone."""
+        zeros = lambda *shape: torch.zeros(batch, *shape, device=device)  # noqa: E731
+        channels = self.config.features
+        descriptor = tuple(zeros(1, count, c) for c in channels)
+        return Support(zeros(count, self.dim), descriptor, zeros(1, count), zeros(count).bool(), zeros(count, 2) + 0.5)  # type: ignore[arg-type]
+
+    def ask(self, features: Features, prefix: Support, prompts: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
+        """One pass for K questions.
+
+        prefix: the complete support set. prompts: (B, K, D) prompt tokens of the asked points.
+        Returns the states of all tokens (B, K, T, D) and those of `<keypoint>` (B, K, D).
+        """
+        batch, count, width = asked.tokens.shape
+        embed = self.llm.get_input_embeddings()
+        image = self.image_tokens(F.avg_pool2d(features.coarse, 2).flatten(2).transpose(1, 2))
+        set_tokens = self.prompt_token(prefix.token) * prefix.known.unsqueeze(-1)
+        words = embed(asked.tokens)
+        slot = torch.zeros(width, dtype=torch.bool, device=words.device)
+        slot[Questions.PROMPT_SLOT] = True
+        takes = slot[None, None, :, None] & asked.prompted[:, :, None, None]
+        words = torch.where(takes, self.prompt_token(prompts).unsqueeze(2).to(words.dtype), words)
+        sequence = torch.cat([image.to(words.dtype), set_tokens.to(words.dtype), words.flatten(1, 2)], 1)
+
+        n_image, n_set = image.shape[1], set_tokens.shape[1]
+        device = words.device
+        start = n_image + 1
+        position = torch.cat([torch.arange(n_image, device=device), torch.full((n_set,), n_image, device=device),
+                              (start + torch.arange(width, device=device)).repeat(count)])  # fmt: skip
+        mask = block_mask(n_image, prefix.known, asked)
+        bias = torch.zeros(mask.shape, dtype=sequence.dtype, device=device).masked_fill(~mask, torch.finfo(sequence.dtype).min)
+        hidden = self.llm.base_model(inputs_embeds=sequence, attention_mask=bias, position_ids=position.expand(batch, -1),
+                                     use_cache=False).last_hidden_state  # fmt: skip
+        states = hidden[:, n_image + n_set :].unflatten(1, (count, width))
+        last = (asked.length - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, states.shape[-1])
+        return states, states.gather(2, last).squeeze(2)
+
+    def words(self, states: Tensor) -> Tensor:
+        """(…, D) states → (…, V) logits of the next token."""
+        return self.llm.get_output_embeddings()(states)
+
+    def locate(self, features: Features, support: Support, state: Tensor) -> Tensor:
+        """Heatmap logits (B, K, H, W) of the asked points, each independent of the others."""
+        correlation = self.decoder["correlation"]
+        planes = correlation(correlation.describe(features), support)
+        return self.decoder["head"](features.fine, planes, support, state)
+
+    def refine(self, heat: Tensor, features: Features, support: Support, state: Tensor, asked: Tensor, **fixed: Any) -> Answer:
+        """All points of one object together; see `Refinement`."""
+        return self.decoder["refinement"](heat, features, support, state, asked, **fixed)
+
+
+def block_mask(n_image: int, known: Tensor, asked: Asked) -> Tensor:
+    """(B, 1, L, L) bool, True = may look. known: (B, M) of the support set. Every row sees at least itself."""
+    batch, count, width = asked.tokens.shape
+    device = known.device
+    n_set = known.shape[1]
+    prefix, total = n_image + n_set, n_image + n_set + count * width
+    mask = torch.zeros(batch, total, total, dtype=torch.bool, device=device)
+    mask[:, :n_image, :n_image] = torch.ones(n_image, n_image, device=device).tril().bool()
+    mask[:, n_image:, :n_image] = True
+    mask[:, n_image:, n_image:prefix] = known[:, None, :]
+    own = torch.block_diag(*[torch.ones(width, width, device=device).tril()] * count).bool()
+    used = torch.arange(width, device=device) < asked.length.unsqueeze(-1)
+    mask[:, prefix:, prefix:] = own & used.flatten(1)[:, None, :]
+    mask |= torch.eye(total, dtype=torch.bool, device=device)
+    return mask.unsqueeze(1)
+
+
+def build_llm(config: dict[str, Any], vocabulary: int) -> nn.Module:
+    """A causal LLM from a hub name or from a transformers config, with room for the tokenizer's vocabulary."""
+    values = dict(config)
+    if "hub" in values:
+        llm = AutoModelForCausalLM.from_pretrained(values["hub"])
+    else:
+        llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), vocab_size=vocabulary, **values))
+    if llm.get_input_embeddings().weight.shape[0] < vocabulary:
+        llm.resize_token_embeddings(vocabulary)
+    return llm

@@ -1,0 +1,173 @@
+"""The MP-100 protocol: which supports, which queries, in which order of keypoints. Drawing only; predicts nothing.
+
+For each category N episodes × (shots + queries), drawn without replacement inside an episode. Each category has a random
+stream of its own from the seed, so that its episodes do not depend on which other categories are evaluated beside it.
+Supports never share an image with a query of their episode, and never a group (the video, the person, the rig) either
+if the category has more groups than shots: near-duplicates would flatter.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from kptllm_core.errors import DataError
+from kptllm_core.geometry import similarity_crop
+from kptllm_core.keypoints import KeypointSchema, KeypointSet
+
+if TYPE_CHECKING:
+    from kptllm_core.dataset import Sample
+
+BOXES = ("given", "jittered", "found")
+JITTER_SHIFT = 0.1  # a jittered box is moved by up to this × max(w, h) on each axis …
+JITTER_SCALE = 0.2  # … and scaled by up to e^±this
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One object to predict. `index` is its place in the category's list; it identifies the object over episodes."""
+
+    sample: Sample
+    index: int
+    degrees: float  # by which the image is turned, clockwise; 0 = upright
+    jitter: tuple[float, float, float]  # shift x, shift y, log scale
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """A support set and its queries. `order`: (K,) int, the shuffled order in which the keypoints are asked."""
+
+    support: tuple[Sample, ...]
+    queries: tuple[Query, ...]
+    order: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Category:
+    """The objects of one kind, and those that supports are drawn from (the same ones, unless a folder was named)."""
+
+    name: str
+    schema: KeypointSchema
+    samples: Sequence[Sample]
+    supports: Sequence[Sample]
+
+
+def draw_episodes(category: Category, *, shots: int, episodes: int, queries: int, seed: int, rotate: bool = False) -> list[Episode]:
+    """The episodes of a category. Fewer queries where the category is small; DataError where none is left beside the supports."""
+    rng = stream(category.name, seed)
+    samples = category.samples
+    same_pool = category.supports is samples
+    drawn = []
+    for _ in range(episodes):
+        support = _draw_support(category, shots, rng)
+        free = _free_queries(category, support)
+        if not free:
+            spread = "images" if same_pool else "images that are not in the support folder"
+            raise DataError(f"Category '{category.name}' has {len(samples)} usable objects and no query is left beside {shots} "
+                            f"support objects. Expected more {spread}; add data or lower --shots.")  # fmt: skip
+        chosen = rng.choice(free, size=min(queries, len(free)), replace=False)
+        drawn.append(Episode(tuple(support), tuple(draw_query(samples[i], int(i), rng, rotate) for i in chosen),
+                             rng.permutation(len(category.schema))))  # fmt: skip
+    return drawn
+
+
+def stream(name: str, seed: int) -> np.random.Generator:
+    """The random numbers of one category: the same on every machine, independent of other categories."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def draw_query(sample: Sample, index: int, rng: np.random.Generator, rotate: bool) -> Query:
+    """Always draws angle and jitter, so that options change neither the episodes nor each other's numbers."""
+    degrees, x, y, scale = rng.uniform(-1, 1, 4) * (180.0, JITTER_SHIFT, JITTER_SHIFT, JITTER_SCALE)
+    return Query(sample, index, float(degrees) if rotate else 0.0, (float(x), float(y), float(scale)))
+
+
+def _draw_support(category: Category, shots: int, rng: np.random.Generator) -> list[Sample]:
+    """`shots` objects, from different images while there are enough."""
+    pool = category.supports
+    order = rng.permutation(len(pool))
+    if shots > len(pool):
+        raise DataError(f"Category '{category.name}' has {len(pool)} objects to draw {shots} supports from. Lower --shots or add labelled images.")
+    first_of_image = {pool[i].image_path: i for i in reversed(order)}
+    spread = [i for i in order if first_of_image[pool[i].image_path] == i]
+    rest = [i for i in order if first_of_image[pool[i].image_path] != i]
+    return [pool[i] for i in (spread + rest)[:shots]]
+
+
+def _free_queries(category: Category, support: list[Sample]) -> list[int]:
+    """Indices of the samples that may be asked beside these supports."""
+    images = {identity(s.image_path) for s in support}
+    others = [i for i, s in enumerate(category.samples) if identity(s.image_path) not in images]
+    if category.supports is not category.samples:
+        return others  # a folder of supports was named: its groups mean nothing here
+    groups = {s.group for s in support}
+    apart = [i for i in others if category.samples[i].group not in groups]
+    return apart or others
+
+
+@lru_cache(maxsize=1 << 16)
+def identity(path: Path) -> tuple[int, int]:
+    """Of the image file: the same for hard links, so that a support folder cut from the data does not leak into queries."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror}. Restore the image or take it out of annotations.json.") from None
+    return status.st_dev, status.st_ino
+
+
+def shuffled(schema: KeypointSchema, order: np.ndarray) -> KeypointSchema:
+    """The same schema with its points in another order; skeleton and symmetric pairs follow."""
+    place = np.argsort(order)
+
+    def moved(pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        return tuple((int(place[a]), int(place[b])) for a, b in pairs)
+
+    return KeypointSchema(tuple(schema.names[i] for i in order), schema.category, moved(schema.skeleton), moved(schema.symmetric))
+
+
+def turn(image: np.ndarray, truth: KeypointSet, degrees: float) -> tuple[np.ndarray, KeypointSet]:
+    """The image, (H, W, 3) uint8, turned clockwise on a canvas that holds all of it, and its points with it.
+
+    The box becomes a square of side max(w, h) around the turned centre: PCK keeps its unit, and the protocol's crop
+    (box → square → × 1.25) is the upright crop turned by the angle. Its hull would be larger and flatter PCK.
+    """
+    if degrees == 0:
+        return image, truth
+    height, width = image.shape[:2]
+    side = int(np.ceil(np.hypot(width, height)))
+    canvas = similarity_crop(np.array([width / 2, height / 2]), side, side, degrees)
+    back = np.linalg.inv(np.vstack([canvas.matrix, [0, 0, 1]]))[:2]
+    fill = tuple(int(v) for v in image.reshape(-1, 3).mean(0))
+    turned = Image.fromarray(image).transform((side, side), Image.Transform.AFFINE, tuple(back.ravel()), Image.Resampling.BILINEAR, fillcolor=fill)
+    box = true_box(truth)
+    size = max(box[2], box[3])
+    centre = canvas.to_crop(box[:2] + box[2:] / 2)
+    return np.asarray(turned), KeypointSet(truth.names, canvas.to_crop(truth.xy), truth.visibility, truth.score,
+                                           np.array([*(centre - size / 2), size, size]))  # fmt: skip
+
+
+def true_box(truth: KeypointSet) -> np.ndarray:
+    """(4,) float64 x, y, w, h of a labelled object; DataError for one without box and points."""
+    box = truth.object_box()
+    if box is None:
+        raise DataError("An object has neither a box nor a labelled point; it cannot be evaluated.")
+    return np.asarray(box, np.float64)
+
+
+def box_handed(box: np.ndarray, how: str, jitter: tuple[float, float, float]) -> np.ndarray | None:
+    """What the predictor is told of the object's place: the true box, a jittered one, or nothing (`found`)."""
+    if how == "found":
+        return None
+    if how == "given":
+        return box
+    x, y, scale = jitter
+    size = box[2:] * np.exp(scale)
+    centre = box[:2] + box[2:] / 2 + np.array([x, y]) * max(box[2:])
+    return np.concatenate([centre - size / 2, size])
