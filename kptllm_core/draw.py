@@ -135,6 +135,7 @@ def contact_sheet(support: Sequence[tuple[np.ndarray, KeypointSet]], queries: Se
 
     support: (image, labelled points) each; queries: (image, predicted points, true points or None) each.
     """
+    cells: list[tuple[str, np.ndarray, KeypointSet, KeypointSet | None]]
     cells = [(f"support {i + 1}", image, points, None) for i, (image, points) in enumerate(support)]
     cells += [(f"query {i + 1}", image, points, truth) for i, (image, points, truth) in enumerate(queries)]
     if not cells:

@@ -1,0 +1,112 @@
+"""The figures against small cases worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kptllm_core import metrics
+
+
+def test_distance_is_in_units_of_the_longer_side() -> None:
+    distance = metrics.normalised_distance(np.array([[13.0, 4.0], [10.0, 0.0]]), np.array([[10.0, 0.0], [10.0, 0.0]]), np.array([0, 0, 20, 50]))
+    assert distance == pytest.approx([0.1, 0.0])
+
+
+def test_pck_is_strict_and_averages_points_before_pairs() -> None:
+    pairs = [np.array([0.0, 0.1, 0.3]), np.array([0.05])]
+    assert metrics.pck(pairs, 0.1) == pytest.approx([1 / 3, 1.0])  # 0.1 itself is not nearer than 0.1
+    assert metrics.mean_pck(pairs, 0.1) == pytest.approx(2 / 3)  # not 2 of 4 points
+
+
+def test_a_pair_without_shared_points_scores_zero_but_has_no_distance() -> None:
+    pairs = [np.array([0.0]), np.array([])]
+    assert metrics.mean_pck(pairs, 0.2) == 0.5
+    assert metrics.nme(pairs) == 0.0
+    assert metrics.nme([np.array([])]) is None
+    assert metrics.mean_pck([], 0.2) == 0.0
+
+
+def test_mpck_and_auc_of_one_point() -> None:
+    pairs = [np.array([0.12])]
+    assert metrics.mpck(pairs) == pytest.approx(3 / 5)  # .15, .20, .25
+    assert metrics.auc(pairs) == pytest.approx(17 / 20)  # i/20 above .12 from i = 3 to 19
+    assert metrics.auc([np.array([0.0])]) == pytest.approx(19 / 20)  # strict: nothing is nearer than 0
+
+
+def test_oks_is_one_on_the_point_and_falls_with_distance_over_size() -> None:
+    true = np.array([[10.0, 10.0], [20.0, 20.0]])
+    sigmas = np.array([0.05, 0.05])
+    labelled = np.array([True, True])
+    assert metrics.oks(true, true, labelled, 100.0, sigmas) == 1.0
+    off = true + np.array([[0.0, 0.0], [0.0, 1.0]])
+    expected = (1 + np.exp(-1 / (2 * 100 * 0.1**2))) / 2
+    assert metrics.oks(off, true, labelled, 100.0, sigmas) == pytest.approx(expected)
+    assert metrics.oks(off, true, np.array([True, False]), 100.0, sigmas) == 1.0
+    assert metrics.oks(off, true, np.array([False, False]), 100.0, sigmas) == 0.0
+    assert len(metrics.AP10K_SIGMAS) == 17
+
+
+def test_calibration_error_of_honest_and_of_boasting_scores() -> None:
+    rng = np.random.default_rng(0)
+    score = rng.uniform(size=20_000)
+    assert metrics.calibration_error(score, rng.uniform(size=20_000) < score) < 0.02
+    assert metrics.calibration_error(np.full(10, 0.95), np.arange(10) < 5) == pytest.approx(0.45)
+    assert metrics.calibration_error(np.array([1.0]), np.array([True])) == 0.0
+    assert metrics.calibration_error(np.array([]), np.array([])) is None
+
+
+def test_the_interval_covers_the_mean_at_the_stated_rate() -> None:
+    rng = np.random.default_rng(3)
+    covered = 0
+    for trial in range(100):
+        values = rng.binomial(1, 0.6, 80).astype(float)
+        low, high = metrics.bootstrap_interval(values, list(range(80)), samples=400, seed=trial)
+        covered += low <= 0.6 <= high
+    assert 87 <= covered <= 100
+
+
+def test_repeated_draws_of_one_query_do_not_narrow_the_interval() -> None:
+    values = np.array([0.0, 1.0] * 10)
+    once = metrics.bootstrap_interval(values, list(range(20)))
+    often = metrics.bootstrap_interval(np.tile(values, 50), list(range(20)) * 50)
+    assert often == pytest.approx(once)
+    pairs_alone = metrics.bootstrap_interval(np.tile(values, 50), list(range(1000)))
+    assert pairs_alone[1] - pairs_alone[0] < (once[1] - once[0]) / 3
+
+
+def test_the_interval_resamples_within_categories() -> None:
+    values = np.array([0.0] * 30 + [1.0] * 30)
+    kinds = ["a"] * 30 + ["b"] * 30
+    assert metrics.bootstrap_interval(values, list(range(60)), kinds) == [0.5, 0.5]  # categories do not vary
+    assert metrics.bootstrap_interval(np.array([0.25]), ["only"]) == [0.25, 0.25]
+    assert metrics.bootstrap_interval(np.array([]), []) is None
+
+
+def test_skill_leaves_out_what_copying_solves() -> None:
+    assert metrics.skill({"horse": 0.7, "wing": 0.2}, {"horse": 0.4, "wing": 0.9}) == pytest.approx(0.5)
+    assert metrics.skill({"horse": 0.7, "fly": 0.1}, {"horse": 0.4, "fly": 0.1}) == pytest.approx(0.25)
+    assert metrics.skill({"wing": 1.0}, {"wing": 0.5}) is None  # 0.5 is not below 0.5
+    assert metrics.skill({"wing": 1.0}, {"wing": None}) is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("left_eye", "LeftEye", "eye (left)", "L eye", "EYE-LEFT", "l_eye"), ("thumb_tip", "tip of the thumb"),
+     ("foreleg R1", "forelegR1", "right foreleg 1"),
+     ("nœud", "NŒUD"), ("左目", "左目 "), ("…", " … ")],
+)  # fmt: skip
+def test_the_same_names(names: tuple[str, ...]) -> None:
+    assert len({metrics.canonical_name(n) for n in names}) == 1
+
+
+@pytest.mark.parametrize(("one", "other"), [("left_eye", "right_eye"), ("finger_1", "finger_2"), ("paw", "foot"), ("eye", "left eye"), ("?", "!")])
+def test_different_names(one: str, other: str) -> None:
+    assert metrics.canonical_name(one) != metrics.canonical_name(other)
+
+
+def test_naming_accuracy() -> None:
+    assert metrics.naming_accuracy(["eye left", "tail"], ["left_eye", "nose"]) == 0.5
+    assert metrics.naming_accuracy([], []) is None
+    with pytest.raises(ValueError, match="1 predicted names for 2 points"):
+        metrics.naming_accuracy(["a"], ["a", "b"])
