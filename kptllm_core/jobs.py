@@ -139,7 +139,8 @@ class JobQueue:
                 if job.name == request.name and job.run["content"] == content and job.run["base"] == base:
                     return job
                 if job.name == request.name and job.state in (*UNFINISHED, "done"):
-                    raise Conflict(f"The name '{request.name}' belongs to round {job.id} ({job.state}), which was asked differently. Choose another name.")
+                    raise Conflict(f"The name '{request.name}' belongs to round {job.id} ({job.state}), which was asked differently. "
+                                   "Choose another name.")  # fmt: skip
             if request.name in self.adapters:
                 raise Conflict(f"An adapter named '{request.name}' exists already. Choose another name or delete that one.")
             if request.parent is not None:
@@ -225,7 +226,8 @@ class JobQueue:
             with self._changed:
                 job = next((j for j in self._jobs.values() if j.state == "queued"), None)
                 if job is None:
-                    self._changed.wait()
+                    if not self._stopping.is_set():
+                        self._changed.wait()
                     continue
             try:
                 self._run(job)
