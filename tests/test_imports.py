@@ -15,8 +15,8 @@ VALUE_TYPES = {"kptllm_core.keypoints", "kptllm_core.geometry", "kptllm_core.err
 LEARNING = {"torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers"}
 SERVING = {"flask", "werkzeug", "gunicorn"}
 LABEL_STUDIO = {"label_studio_sdk", "label_studio_ml", "label_studio"}
-# The tour renders its sample images and measures with the metrics of the core; both are numpy only.
-DEMO = {"kptllm_core.synthetic", "kptllm_core.metrics"}
+# The tour renders or reads images with truth and measures with the metrics of the core; none of these loads torch.
+DEMO = {"kptllm_core.synthetic", "kptllm_core.dataset", "kptllm_core.metrics"}
 
 
 def modules(room: str) -> list[Path]:
