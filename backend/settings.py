@@ -169,6 +169,14 @@ class Settings:
             _url, "Address of Label Studio, as this backend reaches it. A path is kept: `https://host/ls/`."
         ),
     )
+    label_studio_public_url: str = field(
+        default="",
+        metadata=_about(
+            _url,
+            "Address of the same Label Studio in the browser, when it is another: images named by it are then fetched "
+            "from LABEL_STUDIO_URL.",
+        ),
+    )
     label_studio_api_key: str = field(
         default="",
         repr=False,
