@@ -24,10 +24,10 @@ __all__ = ["Category", "insect", "write_dataset"]
 
 MIN_POINTS, MAX_POINTS = 4, 30
 _FAMILIES = (
-    (figures.quadruped, 0.14), (figures.person, 0.09), (insects.insect, 0.11), (figures.bird, 0.06), (figures.fish, 0.05),
+    (figures.quadruped, 0.14), (figures.person, 0.09), (insects.insect, 0.10), (insects.crawler, 0.07), (figures.bird, 0.06), (figures.fish, 0.05),
     (figures.limbs, 0.13), (insects.hand, 0.05), (rigid.composite, 0.14), (rigid.vehicle, 0.06), (rigid.tool, 0.07),
     (rigid.panel, 0.06), (contours.leaf, 0.05), (contours.wing, 0.06), (contours.face, 0.06), (contours.lips, 0.03),
-    (contours.outline, 0.08),
+    (contours.outline, 0.07), (contours.butterfly, 0.04),
 )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def _sample_look(rng: np.random.Generator, template: Template) -> Look:
     return Look(
         palette=colours, grey=grey, recolour=bool(rng.random() < 0.2), tint=float(rng.uniform(0.03, 0.25)),
         grain=float(rng.choice([0.0, 0.1, 0.2, 0.35])), grain_cells=float(rng.uniform(3, 16)),
-        backgrounds=("plain", "ramp", "paper") if lab else ("cloud", "ramp", "plain", "stripes", "tiles", "cloud", "wood", "leaf"),
+        backgrounds=("plain", "ramp", "paper") if lab else ("cloud", "ramp", "plain", "stripes", "tiles", "cloud", "wood", "leaf", "sand"),
         clutter=2 if lab else 10, scene=palette(rng, 3, grey) if lab and rng.random() < 0.7 else None,
         artefacts=float(rng.uniform(0.4, 1.4)), occluders=float(rng.choice([0.1, 0.25, 0.4])),
     )  # fmt: skip
@@ -178,7 +178,7 @@ def insect() -> Category:
     names = tuple(template.build(np.random.default_rng(0)).points)
     style = Look(
         palette=np.array([[0.72, 0.16, 0.10], [0.10, 0.09, 0.10], [0.95, 0.62, 0.15], [0.20, 0.16, 0.15], [0.93, 0.9, 0.8]]),
-        tint=0.12, grain=0.08, grain_cells=10.0, backgrounds=("leaf", "paper", "wood", "paper", "leaf"), clutter=0,
+        tint=0.10, grain=0.08, grain_cells=10.0, backgrounds=("leaf", "leaf", "paper", "wood", "sand"), clutter=0,
         scene=None, artefacts=0.3, occluders=0.05,
     )  # fmt: skip
     return Category(template, names, style, "insect")

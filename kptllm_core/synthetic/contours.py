@@ -95,9 +95,9 @@ def wing(rng: np.random.Generator) -> Template:
     roots = np.linspace(0.08, -0.08, count)
     ends_at = np.sort(rng.uniform(-0.5, 0.5, count))[::-1] + np.linspace(0.35, -0.35, count)
     reach = 1.0 - 0.35 * np.abs(np.linspace(-0.6, 1, count)) + rng.uniform(-0.06, 0.06, count)
-    crossings = [(int(rng.integers(count - 1)), float(a)) for a in rng.uniform(0.3, 0.75, int(rng.integers(2, 5)))]
+    crossings = [(int(rng.integers(count - 1)), float(a)) for a in rng.uniform(0.3, 0.75, int(rng.integers(2, 7)))]
     crossings = [(k, a) for i, (k, a) in enumerate(crossings) if all(abs(a - b) > 0.09 or j != k for j, b in crossings[:i])]
-    fat, thick, numbered = rng.uniform(0.22, 0.42), rng.uniform(0.008, 0.018), rng.random() < 0.6
+    fat, thick, numbered = rng.uniform(0.22, 0.48), rng.uniform(0.010, 0.022), rng.random() < 0.6
     bow = rng.uniform(-0.08, 0.08, count)
     ghost = rng.uniform(0, 0.02)
 
@@ -245,11 +245,11 @@ def outline(rng: np.random.Generator) -> Template:
     word = ("shape", "tooth", "shell", "organ", "stone", "petal")[int(rng.integers(6))]
     count, paired = int(rng.integers(7, 13)), rng.random() < 0.35
     t = np.linspace(0, 2 * np.pi, count, endpoint=False) + np.pi / 2
-    radius = rng.uniform(0.45, 1.0, count)
+    radius = rng.uniform(0.55, 1.0, count)
     if paired:
         radius = (radius + np.roll(radius[::-1], 1)) / 2
     aspect = rng.uniform(0.5, 1.0)
-    modes = rng.normal(0, 0.09, (3, count, 2))
+    modes = rng.normal(0, 0.055, (3, count, 2))
     if paired:
         modes = (modes + np.roll(modes[:, ::-1], 1, 1) * (-1, 1)) / 2
     inside = rng.uniform(-0.35, 0.35, (int(rng.integers(2, 6)), 2))
@@ -288,3 +288,51 @@ def outline(rng: np.random.Generator) -> Template:
         return m
 
     return Template(word, build, View((0.0,), 28.0, 0.0, 25.0, any_roll=0.3, roll_spread=18.0))
+
+
+def butterfly(rng: np.random.Generator) -> Template:
+    """A butterfly or moth from above: two pairs of patterned wings on a body."""
+    u = rng.uniform
+    upper = flat([0.02, u(0.25, 0.5), u(0.6, 1.0), u(0.55, 0.95), 0.3, 0.02], [0.15, u(0.5, 0.8), u(0.5, 0.9), u(0.0, 0.3), -0.05, -0.02])
+    lower = flat([0.02, 0.3, u(0.45, 0.8), u(0.35, 0.65), u(0.1, 0.3), 0.02], [0.02, 0.05, u(-0.3, -0.05), u(-0.75, -0.45), u(-0.6, -0.4), -0.15])
+    spots = [(bool(rng.random() < 0.5), u(0.2, 0.6, 5), u(0.03, 0.11), int(rng.integers(1, 6))) for _ in range(int(rng.integers(1, 5)))]
+    body, edge = sample_paint(rng, 3, 0.5), int(rng.choice([0, 1, 5]))
+    word = ("butterfly", "moth")[int(rng.integers(2))]
+    body_long, thick, feeler = u(0.25, 0.45), u(0.04, 0.08), u(0.2, 0.45)
+
+    def build(r: np.random.Generator) -> Model:
+        m = Model()
+        stretch = np.array([vary(r, 1, 0.1), vary(r, 1, 0.1), 1.0])
+        fold = np.deg2rad(abs(swing(r, 0, 22)))
+        shapes = [(name, points * stretch * np.exp(np.clip(r.normal(0, 0.05, (6, 1)), -0.1, 0.1)), swing(r, 0, 6)) for name, points in (("hind", lower), ("front", upper))]
+        for side, x in (("left", -1.0), ("right", 1.0)):
+            for name, points, turn in shapes:
+                a = np.deg2rad(turn)
+                spun = points @ np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]])
+                place = np.stack([x * spun[:, 0] * np.cos(fold), spun[:, 1], np.abs(spun[:, 0]) * np.sin(fold)], 1)
+                curve = spline(place)
+                details = [Detail(np.concatenate([curve, curve[:1]]), edge, 0.035), Detail(np.stack([place[0], place[2]]), edge, 0.012)]
+                named = {f"{side}_{name}_wing_tip": place[2], f"{side}_{name}_wing_corner": place[3]}
+                for number, (front, mix, size, colour) in enumerate(spots, 1):
+                    if front == (name == "front"):
+                        middle = (mix / mix.sum()) @ place[[1, 2, 3, 4, 5]]
+                        details.append(Detail(oval((middle[0], middle[1]), size, size * 0.85) + (0, 0, middle[2]), colour))
+                        named[f"{side}_{name}_wing_spot_{number}"] = middle
+                part = m.plate(curve, Paint(0 if name == "front" else 2), details=details, lift=0.0 if name == "front" else -0.1)
+                for title, xyz in named.items():
+                    m.point(title, xyz, part)
+                m.link("thorax", f"{side}_{name}_wing_tip", f"{side}_{name}_wing_corner")
+        nod = swing(r, 0, 0.06)
+        tail, head = flat(nod, -body_long), flat(-nod, 0.25)
+        trunk = m.tube(np.stack([tail, tail * 0.5, flat(0, 0.05), head]), np.array([0.4, 0.9, 1.2, 0.7]) * thick, body, up=(1, 0, 0), lift=0.5)
+        for side, x in (("left", -1.0), ("right", 1.0)):
+            end = head + flat(x * feeler * 0.6 * vary(r, 1, 0.15), feeler)
+            m.point(f"{side}_antenna_tip", end, m.tube(np.stack([head, (head + end) / 2 + flat(x * -0.03, 0), end]), [0.01, 0.01, 0.02], Paint(5), lift=0.4))
+            m.link("head", f"{side}_antenna_tip")
+        m.point("head", head, m.ball(head, thick * 0.9, Paint(5), lift=0.6))
+        m.point("thorax", flat(0, 0.05), trunk)
+        m.point("abdomen_tip", tail, trunk)
+        m.link("head", "thorax", "abdomen_tip")
+        return m
+
+    return Template(word, build, View((0.0,), 20.0, 0.0, 20.0, any_roll=0.4, roll_spread=20.0))

@@ -141,8 +141,11 @@ def person(rng: np.random.Generator) -> Template:
         pelvis = np.zeros(3)
         neck = torso * size * towards(lean, swing(r, 0, 0.1))
         across = towards(lean - 90)
-        body = m.tube([pelvis, neck * 0.5, neck * 0.88], np.array([hip, (hip + shoulder) * 0.42, shoulder * 0.8]) * fat, shirt, up=tuple(across), flat=0.6)
-        m.point("neck", neck, body, body + 1)
+        chest = neck - min(shoulder * 0.75 * fat, torso * 0.6) * towards(lean)  # its round end reaches up to the neck
+        radii = np.array([hip, (hip + shoulder) * 0.42, shoulder * 0.8]) * fat
+        body = m.tube([pelvis, (pelvis + chest) / 2, chest], radii, shirt, up=tuple(across), flat=0.6)
+        m.tube([neck * 0.92 - across * shoulder * fat * 0.8, neck * 0.92 + across * shoulder * fat * 0.8], thick * 1.4, shirt, lift=-0.01)
+        m.point("neck", neck, body, body + 1, body + 2)
         m.point("pelvis", pelvis, body)
         m.tube([neck * 0.85, neck * 1.12], thick * 1.1, skin)
         tilt = swing(r, lean, 12)
@@ -154,6 +157,8 @@ def person(rng: np.random.Generator) -> Template:
         scalp = m.tube([skull, skull + h * 0.3 * towards(tilt) + (0, 0, -0.1 * h)], h, hair, lift=-0.02)
         head_id = m.tube([skull - h * 0.2 * towards(tilt) + (0, 0, h * 0.25), skull + h * 0.05 * towards(tilt) + (0, 0, h * 0.25)], [h * 0.75, h * 0.82], skin)
         m.point("head_top", skull + h * 1.1 * towards(tilt), scalp)
+        nose = skull - h * 0.2 * towards(tilt) + (0, 0, h * 1.1)
+        m.point("nose", nose, m.ball(nose, h * 0.14, skin, lift=0.01), head_id)
         m.point("chin", skull - h * 0.85 * towards(tilt) + (0, 0, h * 0.3), head_id)
         for side, x in (("left", 1.0), ("right", -1.0)):
             eye = skull + face_side * x * h * 0.36 + h * 0.08 * towards(tilt) + (0, 0, h * 0.85)
@@ -185,6 +190,7 @@ def person(rng: np.random.Generator) -> Template:
             m.point(f"{side}_{tip[1]}", ankle, lower, toe)
             m.link("pelvis", f"{side}_hip", f"{side}_knee", f"{side}_{tip[1]}")
         m.link("head_top", "neck", "pelvis")
+        m.link("left_eye", "nose", "right_eye")
         return m
 
     yaws = ((0.0,), (0.0, 0.0, 180.0))[int(rng.integers(2))]

@@ -41,6 +41,9 @@ def beetle() -> Template:
 
 
 def _crawler(word: str, p: dict[str, float], paints: dict[str, Paint], legs: tuple[str, ...], view: View, fewer: bool = False) -> Template:
+    u = np.linspace(-0.72, 1.0, 12)  # an egg's outline, closed by a small round end
+    p_outline = ((u - u[0]) / (u[-1] - u[0]), np.maximum(np.sqrt(np.maximum(1 - u**2, 0)) * (1.06 - 0.1 * u), 0.12))
+
     def build(r: np.random.Generator) -> Model:
         m = Model()
         fat, long = vary(r, 1, 0.09), vary(r, 1, 0.08)
@@ -52,7 +55,7 @@ def _crawler(word: str, p: dict[str, float], paints: dict[str, Paint], legs: tup
         start = np.array([0.0, -half - abdomen * 0.35, 0.0])
         tip = start + p["abdomen_long"] * long * tail_way
         leg, thick = p["leg"] * vary(r, 1, 0.1), p["thick"] * vary(r, 1, 0.1)
-        spread = np.linspace(52, -50, len(legs))
+        spread = np.linspace(52, -44, len(legs))
         tips: dict[str, tuple[np.ndarray, int]] = {}
         for number, name in enumerate(legs):
             stance = swing(r, 0, 6)
@@ -68,14 +71,14 @@ def _crawler(word: str, p: dict[str, float], paints: dict[str, Paint], legs: tup
                 lower = m.tube([knee, foot], [thick, thick * 0.6], paints["leg"], up=(0, 1, 0), lift=-0.3)
                 stem = f"{side}_{name}_leg"
                 if not fewer:
-                    m.point(f"{stem}_base", root, upper, *([] if p["thorax"] else []))
+                    m.point(f"{stem}_base", root, upper)
                     m.point(f"{stem}_knee", knee, upper, lower)
                     m.link("thorax", f"{stem}_base", f"{stem}_knee", f"{stem}_tip")
                 else:
                     m.link("thorax", f"{stem}_tip")
                 tips[f"{stem}_tip"] = (foot, lower)
-        t = np.linspace(0, 1, 7)
-        profile = np.array([0.72, 0.95, 1.0, 0.98, 0.85, 0.6, 0.3]) * abdomen
+        t = np.linspace(0, 1, 10)
+        profile = np.interp(t, *p_outline) * abdomen
         abdomen_id = m.tube(start + t[:, None] * (tip - start), profile, paints["abdomen"], up=(1, 0, 0), flat=0.6)
         thorax_id = m.tube([-front * 0.9, front * 0.0, front * 0.9], np.array([0.85, 1.0, 0.7]) * thorax, paints["thorax"], up=(1, 0, 0), flat=0.7, lift=0.05)
         nod = swing(r, 90, 7)
@@ -103,7 +106,7 @@ def _crawler(word: str, p: dict[str, float], paints: dict[str, Paint], legs: tup
         m.point("thorax", [0, 0, 0], thorax_id)
         if not fewer:
             m.point("waist", start, abdomen_id, thorax_id)
-        m.point("abdomen_tip", tip + 0.2 * abdomen * tail_way, abdomen_id)
+        m.point("abdomen_tip", tip + 0.05 * abdomen * tail_way, abdomen_id)
         m.link("head", "thorax", "abdomen_tip")
         if p["wing"]:
             opened = swing(r, p["wing_open"], 9)
@@ -164,3 +167,59 @@ def hand(rng: np.random.Generator) -> Template:
         return m
 
     return Template("hand", build, View((0.0, 180.0), 30.0, 0.0, 25.0, any_roll=0.35, roll_spread=25.0))
+
+
+def crawler(rng: np.random.Generator) -> Template:
+    """A mouse, lizard or frog from above: a body that bends, four legs, perhaps a long tail."""
+    u = rng.uniform
+    word = ("mouse", "lizard", "rodent", "frog", "animal from above")[int(rng.integers(5))]
+    long, wide, neck, head, snout = u(0.5, 0.9), u(0.12, 0.26), u(0.1, 0.25), u(0.1, 0.19), u(0.1, 0.26)
+    tail, thin, ear, leg, thick = u(0.2, 1.1), u(0.015, 0.05), u(0.04, 0.12), u(0.16, 0.5), u(0.03, 0.06)
+    coat, head_paint, legs, ears = sample_paint(rng, 0, 0.7), sample_paint(rng, int(rng.choice([0, 0, 2])), 0.2), Paint(int(rng.choice([0, 3]))), Paint(int(rng.choice([1, 2])))
+    tail_paint, any_roll = sample_paint(rng, int(rng.choice([0, 3])), 0.4), float(rng.choice([0.2, 0.9]))
+
+    def build(r: np.random.Generator) -> Model:
+        m = Model()
+        fat, size, curve = wide * vary(r, 1, 0.12), long * vary(r, 1, 0.1), swing(r, 0, 22)
+        hips, way = np.array([0.0, -size / 2, 0.0]), 90 - curve / 2
+        spine = [hips]
+        for k in range(4):
+            spine.append(spine[-1] + size / 4 * towards(way + curve * k / 4))
+        front = way + curve
+        skull = spine[-1] + neck * towards(front + swing(r, 0, 12))
+        nod = front + swing(r, 0, 16)
+        nose = skull + snout * vary(r, 1, 0.08) * towards(nod)
+        limb = leg * vary(r, 1, 0.1)
+        for end, at, turn in (("hind", 0, -55.0), ("front", 3, 25.0)):
+            base_way = way + curve * at / 4
+            for side, x in SIDES:
+                root = spine[at] + x * fat * 0.6 * towards(base_way - 90) - (0, 0, fat * 0.3)
+                out = base_way - x * (90 - turn + swing(r, 0, 22))
+                knee = root + limb * 0.5 * towards(out)
+                paw = knee + limb * 0.5 * towards(out + x * swing(r, 45, 20) * np.sign(turn))
+                part = m.tube([root, knee, paw], [thick * 1.2, thick, thick * 0.6], legs, lift=-0.2)
+                foot = m.ball(paw, thick * 0.9, legs, lift=-0.15)
+                m.point(f"{side}_{end}_paw", paw, foot, part)
+                m.link("body_center", f"{side}_{end}_paw")
+        place, tail_way = hips - fat * 0.6 * towards(way), way + 180.0
+        tail_points, bend = [place], swing(r, 0, 32)
+        for _ in range(4):
+            tail_way += bend
+            place = place + tail / 4 * towards(tail_way)
+            tail_points.append(place)
+        tail_id = m.tube(tail_points, np.linspace(1.3, 0.5, 5) * thin, tail_paint, up=(1, 0, 0), lift=-0.1)
+        body = m.tube(spine, np.array([0.85, 1.05, 1.0, 0.85, 0.7]) * fat, coat, up=(1, 0, 0), flat=0.8)
+        head_id = m.tube([spine[-1], skull, nose], np.array([0.95, 1.0, 0.25]) * head, head_paint, up=(1, 0, 0), flat=0.8, lift=0.05)
+        for side, x in SIDES:
+            root = skull + x * head * 0.85 * towards(nod - 90) - 0.2 * head * towards(nod)
+            m.point(f"{side}_ear", root, m.ball(root, ear, ears, lift=0.1))
+            eye = skull + x * head * 0.55 * towards(nod - 90) + 0.45 * snout * towards(nod)
+            m.point(f"{side}_eye", eye, m.ball(eye, head * 0.14, Paint(5), lift=0.12))
+        nose_id = m.ball(nose, head * 0.2, Paint(3), lift=0.1)
+        for name, xyz, ids in (("nose", nose, (nose_id, head_id)), ("neck", spine[-1], (head_id, body)), ("body_center", spine[2], (body,)),
+                               ("tail_base", tail_points[0], (body, tail_id)), ("tail_middle", tail_points[2], (tail_id,)), ("tail_tip", tail_points[-1], (tail_id,))):  # fmt: skip
+            m.point(name, xyz, *ids)
+        m.link("nose", "neck", "body_center", "tail_base", "tail_middle", "tail_tip")
+        return m
+
+    return Template(word, build, View((0.0,), 16.0, 0.0, 16.0, any_roll=any_roll, roll_spread=20.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,10 @@ from kptllm_core.synthetic.solids import Shape
 
 SUPER = 2  # supersampling while drawing
 _BANK = 512
+_NATURAL = {  # two colours of a ground that looks like something
+    "leaf": ((0.22, 0.45, 0.16), (0.62, 0.78, 0.35)), "paper": ((0.93, 0.91, 0.86), (0.72, 0.70, 0.64)),
+    "wood": ((0.55, 0.36, 0.20), (0.82, 0.64, 0.42)), "sand": ((0.82, 0.72, 0.54), (0.55, 0.45, 0.32)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ def noise(rng: np.random.Generator, width: int, height: int, part: float = 0.5) 
 def palette(rng: np.random.Generator, count: int, grey: bool) -> np.ndarray:
     """(count, 3) rgb 0…1 with visible contrast between neighbours."""
     hue = (rng.random() + np.cumsum(rng.choice([0.03, 0.08, 0.35, 0.5], count))) % 1.0
-    light = np.where(np.arange(count) % 2 == 0, rng.uniform(0.45, 0.95, count), rng.uniform(0.12, 0.7, count))
+    light = np.where(np.arange(count) % 2 == 0, rng.uniform(0.5, 0.95, count), rng.uniform(0.1, 0.4, count))
+    if rng.random() < 0.35:
+        light = 1.05 - light
     strength = rng.uniform(0.0, 0.25 if rng.random() < 0.3 else 0.9, count) * (0.0 if grey else 1.0)
     wheel = np.clip(np.abs((hue[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     return light[:, None] * (1 - strength[:, None] * (1 - wheel))
@@ -87,8 +94,11 @@ def background(rng: np.random.Generator, width: int, height: int, style: Look) -
         if style.grey or rng.random() < 0.1:
             colours = np.repeat(colours.mean(1, keepdims=True), 3, 1)
     ys, xs = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
+    if kind in _NATURAL and style.scene is None:
+        colours = np.clip(np.array(_NATURAL[kind]) * np.exp(rng.normal(0, 0.12, 3)) * np.exp(rng.normal(0, 0.15)), 0, 1)
     angle = rng.uniform(0, 2 * np.pi)
-    slope = xs * np.cos(angle) + ys * np.sin(angle)
+    cos, sin = math.cos(angle), math.sin(angle)  # not numpy's: those would make everything float64
+    slope = xs * cos + ys * sin
     if kind == "cloud":
         mix = noise(rng, width, height, rng.choice([0.15, 0.4, 0.9]))
         mix = np.clip((mix - 0.5) * rng.uniform(0.6, 2.5) + 0.5, 0, 1)
@@ -96,23 +106,23 @@ def background(rng: np.random.Generator, width: int, height: int, style: Look) -
         mix = np.clip(slope * 0.4 + 0.5, 0, 1) + 0.15 * noise(rng, width, height, 0.9)
     elif kind == "stripes":
         wave = np.sin(slope * rng.uniform(4, 40) + 2 * noise(rng, width, height, 0.2))
-        mix = np.clip(wave * rng.choice([1.0, 6.0]) * 0.5 + 0.5, 0, 1)
+        mix = np.clip(wave * float(rng.choice([1.0, 6.0])) * 0.5 + 0.5, 0, 1)
     elif kind == "tiles":
-        other = -xs * np.sin(angle) + ys * np.cos(angle)
+        other = -xs * sin + ys * cos
         step = rng.uniform(3, 9)
         mix = (((slope * step).astype(np.int8) + (other * step).astype(np.int8)) % 2) * np.float32(rng.uniform(0.2, 0.9))
     elif kind == "leaf":  # a big leaf with veins
-        side = -xs * np.sin(angle) + ys * np.cos(angle)
+        side = -xs * sin + ys * cos
         vein = np.abs((slope * 5 + np.abs(side) * 3.0) % 1.0 - 0.5) < 0.035
         mix = 0.5 * noise(rng, width, height, 0.5) + 0.35 * (vein | (np.abs(side) < 0.025))
     elif kind == "wood":
         mix = np.clip(0.5 + 0.5 * np.sin(slope * 9 + 7 * noise(rng, width, height, 0.3)), 0, 1) * 0.6
-    elif kind == "paper":
-        mix = 0.25 * noise(rng, width, height, 1.0)
+    elif kind in ("paper", "sand"):
+        mix = (0.35 if kind == "paper" else 0.9) * noise(rng, width, height, 1.0)
     else:
         mix = 0.3 * noise(rng, width, height, 0.9) * np.float32(rng.random())
     base, top = (colours[k].astype(np.float32) * 255 for k in (0, 1))
-    canvas = base + mix[..., None] * (top - base)
+    canvas = base + mix.astype(np.float32)[..., None] * (top - base)
     shapes = int(rng.integers(0, style.clutter + 1)) if style.clutter and rng.random() < 0.6 else 0
     if not shapes:
         return canvas
@@ -200,7 +210,7 @@ def finish(rng: np.random.Generator, canvas: np.ndarray, style: Look) -> np.ndar
     height, width = canvas.shape[:2]
     angle, fall = rng.uniform(0, 2 * np.pi), np.float32(rng.uniform(0, 0.35))
     ys, xs = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)[None]
-    ramp = 1.0 + fall * (xs * np.float32(np.cos(angle)) + ys * np.float32(np.sin(angle)))
+    ramp = 1.0 + fall * (xs * math.cos(angle) + ys * math.sin(angle))
     contrast, bright = np.float32(np.exp(rng.normal(0, 0.15))), np.float32(rng.normal(0, 12))
     canvas = (canvas * ramp[..., None] - 128.0) * contrast + (128.0 + bright)
     if style.grey:

@@ -218,7 +218,7 @@ def tool(rng: np.random.Generator) -> Template:
     long, thick, head = u(0.8, 1.6), u(0.04, 0.12), u(0.15, 0.45)
     profile = np.interp(np.linspace(0, 1, 8), np.sort(rng.random(4)), u(0.5, 1.6, 4))
     handle, end_paint = sample_paint(rng, 0, 0.9), sample_paint(rng, 2, 0.4)
-    bend, split = u(-0.15, 0.15) * (rng.random() < 0.4), u(0.3, 0.6)
+    bend, split = u(-0.15, 0.15) * (rng.random() < 0.4), u(0.22, 0.4)
 
     def build(r: np.random.Generator) -> Model:
         m = Model()
@@ -242,8 +242,8 @@ def tool(rng: np.random.Generator) -> Template:
             m.point(names[1], end, part)
             side = np.array([widths[1] * fat if kind == "brush" else profile[3] * fat * (2.0 if kind in ("bottle", "tube") else 1.0), 0, 0]) * 0.9
             where, part_id = (end, part) if kind == "brush" else (spine[3], body)
-            m.point("side_1", where + side, part_id)
-            m.point("side_2", where - side, part_id)
+            m.point("right_side", where + side, part_id)
+            m.point("left_side", where - side, part_id)
         elif kind in ("hammer", "key"):
             left, right = top + (-h * split, 0, 0.01), top + (h * (1 - split), 0, 0.01)
             part = m.tube([left, top, right], np.array([1.7, 1.2, 0.8]) * fat, end_paint, up=(0, 1, 0), lift=0.05)
@@ -252,7 +252,7 @@ def tool(rng: np.random.Generator) -> Template:
         else:
             opened = np.deg2rad(vary(r, 26, 0.3))
             m.point("joint", top, body)
-            for name, sign in (("jaw_1_tip", -1), ("jaw_2_tip", 1)):
+            for name, sign in (("long_jaw_tip", -1), ("short_jaw_tip", 1)):
                 reach = h * (1.0 if sign < 0 else split * 2)
                 way = top + reach * np.array([np.sin(opened) * sign, np.cos(opened), 0])
                 part = m.tube([top, way], [fat * 1.2, fat * 0.4], end_paint, lift=0.02)
@@ -274,7 +274,7 @@ def panel(rng: np.random.Generator) -> Template:
     angles = (np.arange(corners) + u(-0.3, 0.3, corners)) * 2 * np.pi / corners
     outline = np.stack([np.cos(angles), np.sin(angles), 0 * angles], 1) * u(0.35, 1.0, (corners, 1))
     aspect, cells = u(0.5, 1.0), int(rng.integers(3, 8))
-    holes = u(-0.3, 0.3, (int(rng.integers(1, 4)), 2))
+    holes = u(-0.32, 0.32, (int(rng.integers(2, 4)), 2))
     bars, hole_size = u(0.1, 0.9, 3), u(0.05, 0.13)
     paint = Paint(0)
 
@@ -287,7 +287,7 @@ def panel(rng: np.random.Generator) -> Template:
             for number, centre in enumerate(holes, 1):
                 middle = np.array([*centre, 0.0])
                 ring = middle + vary(r, hole_size, 0.12) * np.stack([np.cos(around), np.sin(around), 0 * around], 1)
-                m.parts[0].details.append(Detail(ring, 1 + number))  # type: ignore[union-attr]
+                m.parts[0].details.append(Detail(ring, 2 * number - 1))  # type: ignore[union-attr]
                 m.point(f"hole_{number}", middle, 0)
             for number, xyz in enumerate(points, 1):
                 m.point(f"corner_{number}", xyz, 0)
