@@ -1,7 +1,8 @@
 """The resident model and the one lock around its device. Between the HTTP face and the Predictor; knows neither HTTP nor tensors.
 
 A request waits for the device at most behind `max_waiting` others, and holds it for one batch of images at a time, so
-that large requests and small ones take turns. An unusable query never fails the others.
+that large requests and small ones take turns. While one batch is on the device, the next one is decoded; never more, so
+that many requests do not need much memory. An unusable query never fails the others.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ class Engine:
     """Predictions for many threads from one Predictor. `load` makes the Predictor; it runs in a thread of its own."""
 
     def __init__(self, load: Callable[[], Predictor], images: ImageStore, adapters: AdapterStore, *,
-                 batch: int = BATCH, max_waiting: int = 8, decoded_bytes: int = 512 * 2**20) -> None:  # fmt: skip
+                 batch: int = BATCH, max_waiting: int = 16, decoded_bytes: int = 512 * 2**20) -> None:  # fmt: skip
         self.images, self.adapters, self.batch = images, adapters, batch
         self._load = load
         self._pixels = DecodedImages(images, decoded_bytes)
         self._device = threading.Lock()
         self._places = threading.Semaphore(max_waiting)
+        self._batches = threading.Semaphore(2)
         self._max_waiting, self._inside, self._count = max_waiting, 0, threading.Lock()
         self._predictor: Predictor | None = None
         self._active: object = None  # identity of the adapter that the Predictor holds now
@@ -74,23 +76,24 @@ class Engine:
     def predict(self, request: PredictRequest, gone: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
         """One entry per query, in order: {"keypoints", "size": [w, h]} or {"error"}. Raises what spoils all of them."""
         with self._place():
-            support = self._examples(request.support)
             results: list[dict[str, Any]] = []
             for start in range(0, len(request.queries), self.batch):
-                if gone():
-                    raise Gone
-                results += self._predict_batch(request, support, request.queries[start : start + self.batch])
+                with self._batches:
+                    if gone():
+                        raise Gone
+                    results += self._predict_batch(request, request.queries[start : start + self.batch])
             return results
 
     def name_points(self, request: NameRequest) -> list[tuple[str, float]]:
         """The name and its probability for each point."""
-        with self._place():
+        with self._place(), self._batches:
             image = self._pixels.get(request.image)
             with self._device, _memory_errors():
                 self._activate(None)
                 return self.predictor.name_points(image, request.xy, box=request.box, candidates=request.candidates)
 
-    def _predict_batch(self, request: PredictRequest, support: list[Example], queries: Sequence[Query | InvalidInput]) -> list[dict[str, Any]]:
+    def _predict_batch(self, request: PredictRequest, queries: Sequence[Query | InvalidInput]) -> list[dict[str, Any]]:
+        support = self._examples(request.support)
         results: list[dict[str, Any]] = [{} for _ in queries]
         ready: list[tuple[int, np.ndarray, np.ndarray | None]] = []  # place in the batch, image, box
         for at, query in enumerate(queries):

@@ -214,8 +214,8 @@ class JobQueue:
         self._set(job, state, reason)
         self.images.unpin(job.images())
         log.info("Round %s is %s%s", job.name, state, f": {reason}" if reason else ".")
-        if state != "done":
-            shutil.rmtree(job.folder / "adapter", ignore_errors=True)
+        for leftover in [*job.folder.glob(".adapter*"), *([] if state == "done" else [job.folder / "adapter"])]:
+            shutil.rmtree(leftover, ignore_errors=True)
         finished = [j for j in self._jobs.values() if j.finished]
         for old in finished[:-KEEP_SNAPSHOTS]:
             for part in PARTS:
@@ -298,6 +298,7 @@ class JobQueue:
         package = Path(__file__).resolve().parent.parent
         secrets = {"CORE_TOKEN"}
         env = {key: value for key, value in os.environ.items() if key not in secrets}
+        env.update(_visible(str(job.run["device"]), env))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package), env.get("PYTHONPATH")]))
         with (job.folder / "trainer.log").open("ab") as output:
             # Its own group, so that it can be killed with all that it starts, and a Ctrl-C here does not reach it.
@@ -329,6 +330,17 @@ def _stamp(path: Path) -> int | None:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return None
+
+
+def _visible(device: str, env: dict[str, str]) -> dict[str, str]:
+    """What keeps a trainer to the core's device: `cpu` hides every GPU, `cuda:1` all but the second of those visible."""
+    kind, _, number = device.partition(":")
+    if kind == "cpu":
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    if kind == "cuda" and number.isdigit():
+        seen = [name for name in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        return {"CUDA_VISIBLE_DEVICES": seen[int(number)] if int(number) < len(seen) else number}
+    return {}
 
 
 def _cause(code: int) -> str:

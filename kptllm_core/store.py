@@ -261,9 +261,9 @@ class AdapterStore:
         entries = []
         for name in self.names():
             folder = self.folder / name
-            config = read_json(folder / "config.json") or {}
+            info = read_json(folder / "adapter.json") or {}
             size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-            entries.append({"name": name, "base": config.get("base"), "created": folder.stat().st_mtime, "bytes": size})
+            entries.append({"name": name, "base": info.get("base"), "created": folder.stat().st_mtime, "bytes": size})
         return sorted(entries, key=lambda e: -e["created"])
 
     def publish(self, source: Path, name: str) -> None:

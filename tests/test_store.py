@@ -143,7 +143,7 @@ def test_many_threads_share_it(tmp_path: Path) -> None:
 
 def adapter(folder: Path, base: str = "tiny-00000000") -> Path:
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", {"base": base})
+    write_json(folder / "adapter.json", {"base": base})
     return folder
 
 
