@@ -202,6 +202,8 @@ def _labelled(item: Any, at: str, schema: KeypointSchema) -> Labelled:
             keypoints = KeypointSet.from_json(data["keypoints"])
     except InvalidInput as error:
         raise type(error)(f"{at}: {error.message}") from None
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"{at}: the keypoints cannot be read: {_short(str(error))}.") from None
     group = data.get("group", "")
     if not isinstance(group, str) or len(group) > MAX_NAME:
         raise InvalidInput(f"{at}: group is a string of at most {MAX_NAME} characters; found {_short(group)}.")
