@@ -88,7 +88,9 @@ def build_parser(command: str | None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, entry in COMMANDS.items():
         summary = entry.summary[0].upper() + entry.summary[1:] + "."
-        sub = subparsers.add_parser(name, help=entry.summary, description=summary, epilog=entry.examples, formatter_class=raw)
+        sub = subparsers.add_parser(
+            name, help=entry.summary, description=summary, epilog=entry.examples, formatter_class=raw
+        )
         if name == command:
             module = importlib.import_module(entry.module)
             module.add_arguments(sub)
@@ -105,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     except KptError as error:
         return _fail(error.message, 2)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output left; nothing more to say
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader of our output left; nothing more to say
         return 0
     except OSError as error:
         return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 2)

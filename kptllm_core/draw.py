@@ -1,7 +1,7 @@
-"""Points on pictures, to look at: predictions, truth, skeleton; and sheets of support and queries. Pillow and numpy only.
+"""Points on pictures, to look at: predictions, truth, skeleton; sheets of support and queries. Pillow and numpy only.
 
 A prediction is a filled disc in the point's own colour (fainter when its score is low), a hidden one a ring; the true
-position is a white cross, joined to the prediction by a thin line. Everything has a dark edge, so that it reads on any image.
+position is a white cross, joined to the prediction by a thin line. All has a dark edge, so that it reads on any image.
 """
 
 from __future__ import annotations
@@ -36,16 +36,26 @@ def colours(count: int) -> list[Colour]:
     return result
 
 
-def draw_keypoints(image: np.ndarray, points: KeypointSet | None, schema: KeypointSchema, truth: KeypointSet | None = None,
-                   *, names: bool = True) -> np.ndarray:  # fmt: skip
+def draw_keypoints(
+    image: np.ndarray,
+    points: KeypointSet | None,
+    schema: KeypointSchema,
+    truth: KeypointSet | None = None,
+    *,
+    names: bool = True,
+) -> np.ndarray:
     """The image (H, W, 3) uint8 with points, skeleton, box and truth on it; enlarged by a whole factor if it is small.
 
     points, truth: in pixels of `image`, in any order of the schema's names; absent and unlabelled points are not drawn.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise InvalidInput(f"An image to draw on has shape (H, W, 3) and type uint8; found {image.shape} {image.dtype}.")
+        raise InvalidInput(
+            f"An image to draw on has shape (H, W, 3) and type uint8; found {image.shape} {image.dtype}."
+        )
     factor = max(1, -(-MIN_SIDE // max(image.shape[:2])))
-    picture = Image.fromarray(image).resize((image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(image).resize(
+        (image.shape[1] * factor, image.shape[0] * factor), Image.Resampling.BICUBIC
+    )
     pen = _Pen(picture, factor, schema)
     if points is not None:
         points = points.reorder(schema.names)
@@ -88,7 +98,11 @@ class _Pen:
 
     def errors(self, points: KeypointSet, truth: KeypointSet) -> None:
         for i in np.flatnonzero(points.placed & truth.placed):
-            self.draw.line([self.at(points.xy[i]), self.at(truth.xy[i])], fill=(*self.colours[i], 220), width=max(1, round(self.radius / 2)))
+            self.draw.line(
+                [self.at(points.xy[i]), self.at(truth.xy[i])],
+                fill=(*self.colours[i], 220),
+                width=max(1, round(self.radius / 2)),
+            )
 
     def points(self, points: KeypointSet) -> None:
         for i in np.flatnonzero(points.placed):
@@ -97,7 +111,9 @@ class _Pen:
             opacity = round(110 + 145 * float(np.clip(points.score[i], 0, 1)))
             self.draw.ellipse((x - r - 1, y - r - 1, x + r + 1, y + r + 1), fill=(*EDGE, opacity))
             if points.visibility[i] == Visibility.OCCLUDED:
-                self.draw.ellipse((x - r, y - r, x + r, y + r), outline=(*self.colours[i], opacity), width=max(1, round(r / 2)))
+                self.draw.ellipse(
+                    (x - r, y - r, x + r, y + r), outline=(*self.colours[i], opacity), width=max(1, round(r / 2))
+                )
             else:
                 self.draw.ellipse((x - r, y - r, x + r, y + r), fill=(*self.colours[i], opacity))
 
@@ -115,13 +131,24 @@ class _Pen:
             x, y = self.at(points.xy[i])
             left, top, right, bottom = self.draw.textbbox((0, 0), self.schema.names[i], font=self.font)
             width, height, gap = right - left, bottom - top, self.radius + 3
-            for dx, dy in ((gap, -height / 2), (-gap - width, -height / 2), (-width / 2, -gap - height), (-width / 2, gap)):
+            for dx, dy in (
+                (gap, -height / 2),
+                (-gap - width, -height / 2),
+                (-width / 2, -gap - height),
+                (-width / 2, gap),
+            ):
                 spot = (x + dx, y + dy, x + dx + width, y + dy + height)
                 inside = spot[0] >= 0 and spot[1] >= 0 and spot[2] <= self.size[0] and spot[3] <= self.size[1]
                 if inside and not any(_overlap(spot, other) for other in taken):
                     taken.append(spot)
-                    self.draw.text((spot[0] - left, spot[1] - top), self.schema.names[i], font=self.font, fill=(255, 255, 255),
-                                   stroke_width=2, stroke_fill=EDGE)  # fmt: skip
+                    self.draw.text(
+                        (spot[0] - left, spot[1] - top),
+                        self.schema.names[i],
+                        font=self.font,
+                        fill=(255, 255, 255),
+                        stroke_width=2,
+                        stroke_fill=EDGE,
+                    )
                     break
 
 
@@ -129,8 +156,12 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def contact_sheet(support: Sequence[tuple[np.ndarray, KeypointSet]], queries: Sequence[tuple[np.ndarray, KeypointSet, KeypointSet | None]],
-                  schema: KeypointSchema, tile: int = 320) -> np.ndarray:  # fmt: skip
+def contact_sheet(
+    support: Sequence[tuple[np.ndarray, KeypointSet]],
+    queries: Sequence[tuple[np.ndarray, KeypointSet, KeypointSet | None]],
+    schema: KeypointSchema,
+    tile: int = 320,
+) -> np.ndarray:
     """One row: the support examples, then the queries, each on a tile of side `tile` under a caption. (H, W, 3) uint8.
 
     support: (image, labelled points) each; queries: (image, predicted points, true points or None) each.
@@ -149,7 +180,9 @@ def contact_sheet(support: Sequence[tuple[np.ndarray, KeypointSet]], queries: Se
         window = _window(image, points, truth)
         cut = image[window[1] : window[3], window[0] : window[2]]
         corner = np.array(window[:2], np.float32)
-        drawn = Image.fromarray(draw_keypoints(cut, _moved(points, corner), schema, truth and _moved(truth, corner), names=False))
+        drawn = Image.fromarray(
+            draw_keypoints(cut, _moved(points, corner), schema, truth and _moved(truth, corner), names=False)
+        )
         drawn.thumbnail((tile, tile), Image.Resampling.LANCZOS)
         pen.text((x, 6), title, font=font, fill=INK)
         sheet.paste(drawn, (x + (tile - drawn.width) // 2, caption + (tile - drawn.height) // 2))

@@ -16,7 +16,9 @@ THRESHOLDS = (0.02, 0.05, 0.1, 0.2)  # of the reports
 MPCK_THRESHOLDS = (0.05, 0.10, 0.15, 0.20, 0.25)
 MISSED = 1.0  # distance of a point for which no position was predicted: one whole object
 EASY_COPY = 0.5  # categories that copying solves to this share at 0.1 say nothing about skill
-AP10K_SIGMAS = np.array([.025, .025, .026, .035, .035, .079, .072, .062, .079, .072, .062, .107, .087, .089, .107, .087, .089])  # fmt: skip
+AP10K_SIGMAS = np.array(
+    [.025, .025, .026, .035, .035, .079, .072, .062, .079, .072, .062, .107, .087, .089, .107, .087, .089]
+)  # fmt: skip
 
 
 def normalised_distance(predicted: np.ndarray, true: np.ndarray, box: np.ndarray) -> np.ndarray:
@@ -54,7 +56,8 @@ def nme(distances: Sequence[np.ndarray]) -> float | None:
 def oks(predicted: np.ndarray, true: np.ndarray, labelled: np.ndarray, area: float, sigmas: np.ndarray) -> float:
     """COCO's object keypoint similarity.
 
-    predicted, true: (K, 2) pixels; labelled: (K,) bool, v > 0; area: pixels²; sigmas: (K,), k = 2σ. 0 without labelled points.
+    predicted, true: (K, 2) pixels; labelled: (K,) bool, v > 0; area: pixels²; sigmas: (K,), k = 2σ.
+    0 without labelled points.
     """
     if not np.any(labelled):
         return 0.0
@@ -103,7 +106,11 @@ def bootstrap_interval(values: np.ndarray, query: Sequence[object], stratum: Seq
 
 def skill(pck_at_01: Mapping[str, float], copy_at_01: Mapping[str, float | None]) -> float | None:
     """Mean of (PCK − copy) / (1 − copy) over the categories whose copy PCK@0.1 is below 0.5; None if there is none."""
-    gains = [(pck_at_01[name] - copy) / (1 - copy) for name, copy in copy_at_01.items() if copy is not None and copy < EASY_COPY]
+    gains = [
+        (pck_at_01[name] - copy) / (1 - copy)
+        for name, copy in copy_at_01.items()
+        if copy is not None and copy < EASY_COPY
+    ]
     return float(np.mean(gains)) if gains else None
 
 
@@ -114,7 +121,7 @@ def canonical_name(name: str) -> tuple[str, ...]:
     2. The words "of" and "the" are dropped; "l" reads "left", "r" reads "right".
     3. The order of the words does not matter.
 
-    So left_eye = LeftEye = "eye (left)" = "L eye", and "tip of the thumb" = thumb_tip; but finger_1 ≠ finger_2 and paw ≠ foot.
+    So left_eye = LeftEye = "eye (left)" = "L eye", and "tip of the thumb" = thumb_tip; but finger_1 ≠ finger_2, paw ≠ foot.
     """
     text = unicodedata.normalize("NFKC", name)
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)

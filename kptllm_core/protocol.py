@@ -1,7 +1,7 @@
 """The MP-100 protocol: which supports, which queries, in which order of keypoints. Drawing only; predicts nothing.
 
-For each category N episodes × (shots + queries), drawn without replacement inside an episode. Each category has a random
-stream of its own from the seed, so that its episodes do not depend on which other categories are evaluated beside it.
+For each category N episodes × (shots + queries), drawn without replacement inside an episode. Each category has a
+random stream of its own from the seed, so that its episodes do not depend on the other categories of the run.
 Supports never share an image with a query of their episode, and never a group (the video, the person, the rig) either
 if the category has more groups than shots: near-duplicates would flatter.
 """
@@ -11,19 +11,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
+from kptllm_core.dataset import Sample, load_coco
+from kptllm_core.episodes import warp
 from kptllm_core.errors import DataError
 from kptllm_core.geometry import similarity_crop
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
-
-if TYPE_CHECKING:
-    from kptllm_core.dataset import Sample
 
 BOXES = ("given", "jittered", "found")
 JITTER_SHIFT = 0.1  # a jittered box is moved by up to this × max(w, h) on each axis …
@@ -59,22 +55,67 @@ class Category:
     supports: Sequence[Sample]
 
 
-def draw_episodes(category: Category, *, shots: int, episodes: int, queries: int, seed: int, rotate: bool = False) -> list[Episode]:
-    """The episodes of a category. Fewer queries where the category is small; DataError where none is left beside the supports."""
+def load_categories(folders: Sequence[Path], support: Path | None = None) -> list[Category]:
+    """The categories of COCO folders, with the supports of another folder if one is named. Raises DataError."""
+    pool = _by_category(support) if support else {}
+    found: dict[str, Category] = {}
+    for folder in folders:
+        for name, samples in _by_category(folder).items():
+            supports = _matching(name, samples[0].schema, pool, support) if support else samples
+            key = name if name not in found else f"{folder.name}/{name}"
+            if key in found:
+                raise DataError(f"Category '{name}' of {folder} is given twice. Name each folder once.")
+            found[key] = Category(key, samples[0].schema, samples, supports)
+    return list(found.values())
+
+
+def _by_category(folder: Path) -> dict[str, list[Sample]]:
+    """The usable objects (at least one placed point) of each category of a folder."""
+    found = load_coco(folder).by_category()
+    usable = {name: [s for s in samples if s.keypoints.placed.any()] for name, samples in found.items()}
+    if not any(usable.values()):
+        raise DataError(
+            f"{folder} has no object with a labelled keypoint. Expected COCO keypoints in annotations.json."
+        )
+    return {name: samples for name, samples in usable.items() if samples}
+
+
+def _matching(name: str, schema: KeypointSchema, pool: dict[str, list[Sample]], folder: Path | None) -> list[Sample]:
+    """The supports for a category: of the same name, else the only category there if it has the same points."""
+    samples = pool.get(name) or (next(iter(pool.values())) if len(pool) == 1 else [])
+    if not samples or not set(schema.names) & set(samples[0].schema.names):
+        raise DataError(
+            f"The support folder {folder} has no category '{name}' with any of its points. Found: {', '.join(pool)}."
+        )
+    return samples
+
+
+def draw_episodes(
+    category: Category, *, shots: int, episodes: int, queries: int, seed: int, rotate: bool = False
+) -> list[Episode]:
+    """The episodes of a category. Fewer queries where it is small; DataError where none is left beside the supports."""
     rng = stream(category.name, seed)
     samples = category.samples
+    images = [_identity(s.image_path) for s in samples]
     same_pool = category.supports is samples
     drawn = []
     for _ in range(episodes):
         support = _draw_support(category, shots, rng)
-        free = _free_queries(category, support)
+        free = _free_queries(category, images, support)
         if not free:
             spread = "images" if same_pool else "images that are not in the support folder"
-            raise DataError(f"Category '{category.name}' has {len(samples)} usable objects and no query is left beside {shots} "
-                            f"support objects. Expected more {spread}; add data or lower --shots.")  # fmt: skip
+            raise DataError(
+                f"Category '{category.name}' has {len(samples)} usable objects and no query is left beside {shots} "
+                f"support objects. Expected more {spread}; add data or lower --shots."
+            )
         chosen = rng.choice(free, size=min(queries, len(free)), replace=False)
-        drawn.append(Episode(tuple(support), tuple(draw_query(samples[i], int(i), rng, rotate) for i in chosen),
-                             rng.permutation(len(category.schema))))  # fmt: skip
+        drawn.append(
+            Episode(
+                tuple(support),
+                tuple(draw_query(samples[i], int(i), rng, rotate) for i in chosen),
+                rng.permutation(len(category.schema)),
+            )
+        )
     return drawn
 
 
@@ -94,17 +135,19 @@ def _draw_support(category: Category, shots: int, rng: np.random.Generator) -> l
     pool = category.supports
     order = rng.permutation(len(pool))
     if shots > len(pool):
-        raise DataError(f"Category '{category.name}' has {len(pool)} objects to draw {shots} supports from. Lower --shots or add labelled images.")
+        raise DataError(
+            f"Category '{category.name}' has {len(pool)} objects to draw {shots} supports from. Lower --shots or add labelled images."
+        )
     first_of_image = {pool[i].image_path: i for i in reversed(order)}
     spread = [i for i in order if first_of_image[pool[i].image_path] == i]
     rest = [i for i in order if first_of_image[pool[i].image_path] != i]
     return [pool[i] for i in (spread + rest)[:shots]]
 
 
-def _free_queries(category: Category, support: list[Sample]) -> list[int]:
-    """Indices of the samples that may be asked beside these supports."""
-    images = {identity(s.image_path) for s in support}
-    others = [i for i, s in enumerate(category.samples) if identity(s.image_path) not in images]
+def _free_queries(category: Category, images: list[tuple[int, int]], support: list[Sample]) -> list[int]:
+    """Indices of the samples that may be asked beside these supports. `images`: identity of each sample's image."""
+    taken = {_identity(s.image_path) for s in support}
+    others = [i for i, image in enumerate(images) if image not in taken]
     if category.supports is not category.samples:
         return others  # a folder of supports was named: its groups mean nothing here
     groups = {s.group for s in support}
@@ -112,13 +155,14 @@ def _free_queries(category: Category, support: list[Sample]) -> list[int]:
     return apart or others
 
 
-@lru_cache(maxsize=1 << 16)
-def identity(path: Path) -> tuple[int, int]:
-    """Of the image file: the same for hard links, so that a support folder cut from the data does not leak into queries."""
+def _identity(path: Path) -> tuple[int, int]:
+    """Of the image file; hard links share it, so that a support folder cut from the data does not leak into queries."""
     try:
         status = path.stat()
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error.strerror}. Restore the image or take it out of annotations.json.") from None
+        raise DataError(
+            f"Cannot read {path}: {error.strerror}. Restore the image or take it out of annotations.json."
+        ) from None
     return status.st_dev, status.st_ino
 
 
@@ -129,7 +173,9 @@ def shuffled(schema: KeypointSchema, order: np.ndarray) -> KeypointSchema:
     def moved(pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         return tuple((int(place[a]), int(place[b])) for a, b in pairs)
 
-    return KeypointSchema(tuple(schema.names[i] for i in order), schema.category, moved(schema.skeleton), moved(schema.symmetric))
+    return KeypointSchema(
+        tuple(schema.names[i] for i in order), schema.category, moved(schema.skeleton), moved(schema.symmetric)
+    )
 
 
 def turn(image: np.ndarray, truth: KeypointSet, degrees: float) -> tuple[np.ndarray, KeypointSet]:
@@ -143,14 +189,17 @@ def turn(image: np.ndarray, truth: KeypointSet, degrees: float) -> tuple[np.ndar
     height, width = image.shape[:2]
     side = int(np.ceil(np.hypot(width, height)))
     canvas = similarity_crop(np.array([width / 2, height / 2]), side, side, degrees)
-    back = np.linalg.inv(np.vstack([canvas.matrix, [0, 0, 1]]))[:2]
-    fill = tuple(int(v) for v in image.reshape(-1, 3).mean(0))
-    turned = Image.fromarray(image).transform((side, side), Image.Transform.AFFINE, tuple(back.ravel()), Image.Resampling.BILINEAR, fillcolor=fill)
     box = true_box(truth)
     size = max(box[2], box[3])
     centre = canvas.to_crop(box[:2] + box[2:] / 2)
-    return np.asarray(turned), KeypointSet(truth.names, canvas.to_crop(truth.xy), truth.visibility, truth.score,
-                                           np.array([*(centre - size / 2), size, size]))  # fmt: skip
+    turned = KeypointSet(
+        truth.names,
+        canvas.to_crop(truth.xy),
+        truth.visibility,
+        truth.score,
+        np.array([*(centre - size / 2), size, size]),
+    )
+    return warp(image, canvas), turned
 
 
 def true_box(truth: KeypointSet) -> np.ndarray:
@@ -161,7 +210,7 @@ def true_box(truth: KeypointSet) -> np.ndarray:
     return np.asarray(box, np.float64)
 
 
-def box_handed(box: np.ndarray, how: str, jitter: tuple[float, float, float]) -> np.ndarray | None:
+def box_handed(box: np.ndarray, how: str, jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> np.ndarray | None:
     """What the predictor is told of the object's place: the true box, a jittered one, or nothing (`found`)."""
     if how == "found":
         return None

@@ -54,9 +54,14 @@ def pck_table(distances: Sequence[np.ndarray]) -> dict[str, float]:
 def detection(pairs: Sequence[Pair], seconds_per_image: float, unreadable: Sequence[str]) -> dict[str, Any]:
     """The report of `--task detect`."""
     per_category = {name: _figures(group) for name, group in _grouped(pairs).items()}
-    return {**_figures(pairs), "skill": _skill(per_category), "per_category": per_category,
-            "per_keypoint": {name: _per_keypoint(group) for name, group in _grouped(pairs).items()},
-            "seconds_per_image": seconds_per_image, "unreadable": list(unreadable)}  # fmt: skip
+    return {
+        **_figures(pairs),
+        "skill": _skill(per_category),
+        "per_category": per_category,
+        "per_keypoint": {name: _per_keypoint(group) for name, group in _grouped(pairs).items()},
+        "seconds_per_image": seconds_per_image,
+        "unreadable": list(unreadable),
+    }
 
 
 def _figures(pairs: Sequence[Pair]) -> dict[str, Any]:
@@ -64,17 +69,29 @@ def _figures(pairs: Sequence[Pair]) -> dict[str, Any]:
     copies = [p.copy.distance for p in pairs if p.copy is not None]
     copy = pck_table(copies) if len(copies) == len(pairs) else None
     hits = np.concatenate(distances) < 0.1
-    interval = {str(t): metrics.bootstrap_interval(metrics.pck(distances, t), [p.query for p in pairs], [p.category for p in pairs])
-                for t in metrics.THRESHOLDS}  # fmt: skip
+    interval = {
+        str(t): metrics.bootstrap_interval(
+            metrics.pck(distances, t), [p.query for p in pairs], [p.category for p in pairs]
+        )
+        for t in metrics.THRESHOLDS
+    }
     table = pck_table(distances)
-    return {"pairs": len(pairs), "objects": len({(p.category, p.query) for p in pairs}), "pck": table, "pck_ci": interval,
-            "copy_pck": copy, "skill": metrics.skill({"": table["0.1"]}, {"": copy and copy["0.1"]}), "mpck": metrics.mpck(distances),
-            "nme": metrics.nme(distances), "auc": metrics.auc(distances),
-            "calibration_error": metrics.calibration_error(np.concatenate([p.model.score for p in pairs]), hits)}  # fmt: skip
+    return {
+        "pairs": len(pairs),
+        "objects": len({(p.category, p.query) for p in pairs}),
+        "pck": table,
+        "pck_ci": interval,
+        "copy_pck": copy,
+        "skill": metrics.skill({"": table["0.1"]}, {"": copy["0.1"] if copy else None}),
+        "mpck": metrics.mpck(distances),
+        "nme": metrics.nme(distances),
+        "auc": metrics.auc(distances),
+        "calibration_error": metrics.calibration_error(np.concatenate([p.model.score for p in pairs]), hits),
+    }
 
 
 def _skill(per_category: dict[str, Any]) -> float | None:
-    copy = {name: c["copy_pck"] and c["copy_pck"]["0.1"] for name, c in per_category.items()}
+    copy = {name: c["copy_pck"]["0.1"] if c["copy_pck"] else None for name, c in per_category.items()}
     return metrics.skill({name: c["pck"]["0.1"] for name, c in per_category.items()}, copy)
 
 
@@ -84,23 +101,38 @@ def _per_keypoint(pairs: Sequence[Pair]) -> dict[str, Any]:
     for pair in pairs:
         for name, distance in zip(pair.model.names, pair.model.distance, strict=True):
             distances.setdefault(name, []).append(float(distance))
-    return {name: {"points": len(d), "pck": {str(t): float(np.mean(np.array(d) < t)) for t in metrics.THRESHOLDS},
-                   "nme": float(np.mean(d))} for name, d in sorted(distances.items())}  # fmt: skip
+    return {
+        name: {
+            "points": len(d),
+            "pck": {str(t): float(np.mean(np.array(d) < t)) for t in metrics.THRESHOLDS},
+            "nme": float(np.mean(d)),
+        }
+        for name, d in sorted(distances.items())
+    }
 
 
 def naming(points: Sequence[NamedPoint], seconds_per_image: float, unreadable: Sequence[str]) -> dict[str, Any]:
     """The report of `--task name`; names are compared by `metrics.canonical_name`."""
     grouped = _grouped(points)
     by_name = {category: _grouped(group, "true") for category, group in grouped.items()}
-    return {**_accuracy(points), "per_category": {category: _accuracy(group) for category, group in grouped.items()},
-            "per_keypoint": {category: {n: _accuracy(g) for n, g in sorted(names.items())} for category, names in by_name.items()},
-            "seconds_per_image": seconds_per_image, "unreadable": list(unreadable)}  # fmt: skip
+    return {
+        **_accuracy(points),
+        "per_category": {category: _accuracy(group) for category, group in grouped.items()},
+        "per_keypoint": {
+            category: {n: _accuracy(g) for n, g in sorted(names.items())} for category, names in by_name.items()
+        },
+        "seconds_per_image": seconds_per_image,
+        "unreadable": list(unreadable),
+    }
 
 
 def _accuracy(points: Sequence[NamedPoint]) -> dict[str, Any]:
     true = [p.true for p in points]
-    return {"points": len(points), "naming_accuracy": metrics.naming_accuracy([p.free for p in points], true),
-            "naming_accuracy_closed": metrics.naming_accuracy([p.closed for p in points], true)}  # fmt: skip
+    return {
+        "points": len(points),
+        "naming_accuracy": metrics.naming_accuracy([p.free for p in points], true),
+        "naming_accuracy_closed": metrics.naming_accuracy([p.closed for p in points], true),
+    }
 
 
 def _grouped(items: Iterable[Any], by: str = "category") -> dict[str, list[Any]]:
@@ -122,15 +154,26 @@ def table(report: dict[str, Any]) -> str:
     cells = [_naming_cells(row) if naming_task else _detection_cells(row) for _, row in rows]
     columns = [["", *(name for name, _ in rows)], *([h, *(c[i] for c in cells)] for i, h in enumerate(head))]
     widths = [max(map(len, column)) for column in columns]
-    lines = [[columns[0][i].ljust(widths[0]), *(c[i].rjust(w) for c, w in zip(columns[1:], widths[1:], strict=True))] for i in range(len(rows) + 1)]
+    lines = [
+        [columns[0][i].ljust(widths[0]), *(c[i].rjust(w) for c, w in zip(columns[1:], widths[1:], strict=True))]
+        for i in range(len(rows) + 1)
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def _detection_cells(row: dict[str, Any]) -> list[str]:
     low, high = row["pck_ci"]["0.1"]
-    copy = row["copy_pck"] and row["copy_pck"]["0.1"]
-    return [str(row["pairs"]), *(_number(row["pck"][str(t)]) for t in metrics.THRESHOLDS), f"{low:.3f}–{high:.3f}", _number(copy),
-            _number(row["skill"]), _number(row["nme"]), _number(row["auc"]), _number(row["calibration_error"])]  # fmt: skip
+    copy = row["copy_pck"]["0.1"] if row["copy_pck"] else None
+    return [
+        str(row["pairs"]),
+        *(_number(row["pck"][str(t)]) for t in metrics.THRESHOLDS),
+        f"{low:.3f}–{high:.3f}",
+        _number(copy),
+        _number(row["skill"]),
+        _number(row["nme"]),
+        _number(row["auc"]),
+        _number(row["calibration_error"]),
+    ]
 
 
 def _naming_cells(row: dict[str, Any]) -> list[str]:

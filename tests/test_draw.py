@@ -13,7 +13,9 @@ SCHEMA = KeypointSchema(("nose", "left ear", "tail"), "mouse", ((0, 1), (1, 2)))
 GREY = np.full((400, 500, 3), 128, np.uint8)
 
 
-def points(*xy: tuple[float, float], visibility: tuple[int, ...] = (2, 2, 2), box: tuple[float, ...] | None = None) -> KeypointSet:
+def points(
+    *xy: tuple[float, float], visibility: tuple[int, ...] = (2, 2, 2), box: tuple[float, ...] | None = None
+) -> KeypointSet:
     return KeypointSet(SCHEMA.names, np.array(xy), np.array(visibility), box=box)  # type: ignore[arg-type]
 
 
@@ -55,7 +57,9 @@ def test_a_sheet_has_one_tile_per_image_and_shows_small_objects_large() -> None:
     sheet = contact_sheet([(GREY, near)], [(GREY, near, near), (GREY, near, None)], SCHEMA, tile=200)
     assert sheet.shape == (200 + 36, 3 * 210 + 10, 3)
     tile = sheet[26:226, 10:210]
-    assert ((tile != 128).any(-1) & (tile != 246).any(-1)).mean() > 0.03  # the object fills its tile although it is tiny
+    assert (
+        (tile != 128).any(-1) & (tile != 246).any(-1)
+    ).mean() > 0.03  # the object fills its tile although it is tiny
 
 
 def test_points_outside_the_image_do_no_harm() -> None:

@@ -9,7 +9,9 @@ from kptllm_core import metrics
 
 
 def test_distance_is_in_units_of_the_longer_side() -> None:
-    distance = metrics.normalised_distance(np.array([[13.0, 4.0], [10.0, 0.0]]), np.array([[10.0, 0.0], [10.0, 0.0]]), np.array([0, 0, 20, 50]))
+    distance = metrics.normalised_distance(
+        np.array([[13.0, 4.0], [10.0, 0.0]]), np.array([[10.0, 0.0], [10.0, 0.0]]), np.array([0, 0, 20, 50])
+    )
     assert distance == pytest.approx([0.1, 0.0])
 
 
@@ -92,15 +94,23 @@ def test_skill_leaves_out_what_copying_solves() -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("left_eye", "LeftEye", "eye (left)", "L eye", "EYE-LEFT", "l_eye"), ("thumb_tip", "tip of the thumb"),
-     ("foreleg R1", "forelegR1", "right foreleg 1"),
-     ("nœud", "NŒUD"), ("左目", "左目 "), ("…", " … ")],
-)  # fmt: skip
+    [
+        ("left_eye", "LeftEye", "eye (left)", "L eye", "EYE-LEFT", "l_eye"),
+        ("thumb_tip", "tip of the thumb"),
+        ("foreleg R1", "forelegR1", "right foreleg 1"),
+        ("nœud", "NŒUD"),
+        ("左目", "左目 "),
+        ("…", " … "),
+    ],
+)
 def test_the_same_names(names: tuple[str, ...]) -> None:
     assert len({metrics.canonical_name(n) for n in names}) == 1
 
 
-@pytest.mark.parametrize(("one", "other"), [("left_eye", "right_eye"), ("finger_1", "finger_2"), ("paw", "foot"), ("eye", "left eye"), ("?", "!")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("left_eye", "right_eye"), ("finger_1", "finger_2"), ("paw", "foot"), ("eye", "left eye"), ("?", "!")],
+)
 def test_different_names(one: str, other: str) -> None:
     assert metrics.canonical_name(one) != metrics.canonical_name(other)
 
