@@ -16,25 +16,28 @@ from PIL import Image
 from kptllm_core.errors import InvalidInput
 from kptllm_core.geometry import box_of_points, clip_box
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility, symmetric_pairs
-from kptllm_core.synthetic import contours, figures, insects, rigid
+from kptllm_core.synthetic import contours, creatures, faces, figures, furniture, insects, rigid
 from kptllm_core.synthetic.paint import SUPER, Canvas, Look, background, finish, instance_palette, palette
 from kptllm_core.synthetic.solids import Model, Shape, Template, flatten, look
 
 __all__ = ["Category", "insect", "write_dataset"]
 
 MIN_POINTS, MAX_POINTS = 4, 30
-_FAMILIES = (
-    (figures.quadruped, 0.14), (figures.person, 0.09), (insects.insect, 0.10), (insects.crawler, 0.07), (figures.bird, 0.06), (figures.fish, 0.05),
-    (figures.limbs, 0.13), (insects.hand, 0.05), (rigid.composite, 0.14), (rigid.vehicle, 0.06), (rigid.tool, 0.07),
-    (rigid.panel, 0.06), (contours.leaf, 0.05), (contours.wing, 0.06), (contours.face, 0.06), (contours.lips, 0.03),
-    (contours.outline, 0.07), (contours.butterfly, 0.04),
+_FAMILIES = (  # with the share of each
+    (figures.quadruped, 0.14), (figures.person, 0.09), (creatures.bird, 0.06), (creatures.fish, 0.05),
+    (creatures.limbs, 0.13), (insects.insect, 0.10), (insects.crawler, 0.07), (insects.hand, 0.05),
+    (furniture.composite, 0.14), (rigid.vehicle, 0.06), (rigid.tool, 0.07), (rigid.panel, 0.06),
+    (contours.leaf, 0.05), (contours.wing, 0.06), (contours.outline, 0.07), (contours.butterfly, 0.04),
+    (faces.face, 0.06), (faces.lips, 0.03),
 )  # fmt: skip
 
 
 class Category:
     """One kind of object. schema: its points; name: unique per seed. Pickles as its seed."""
 
-    def __init__(self, template: Template, names: tuple[str, ...], style: Look, name: str, seed: int | None = None) -> None:
+    def __init__(
+        self, template: Template, names: tuple[str, ...], style: Look, name: str, seed: int | None = None
+    ) -> None:
         self._template, self._style, self._seed = template, style, seed
         links = template.build(np.random.default_rng(0)).links
         at = {n: i for i, n in enumerate(names)}
@@ -65,7 +68,9 @@ class Category:
         image, found = self._draw(rng, size, size, 1, (0.35, 0.9))
         return image, found[0]
 
-    def scene(self, rng: np.random.Generator, width: int, height: int, count: int) -> tuple[np.ndarray, list[KeypointSet]]:
+    def scene(
+        self, rng: np.random.Generator, width: int, height: int, count: int
+    ) -> tuple[np.ndarray, list[KeypointSet]]:
         """(height, width, 3) uint8 with `count` (0…12) instances, which may overlap a little, and the points of each."""
         if not 0 <= count <= 12:
             raise InvalidInput(f"A scene holds 0 to 12 objects; asked for {count}.")
@@ -94,9 +99,14 @@ class Category:
             drawn.append((model, camera.project(xyz)[0] * scale + shift, np.concatenate([corner, box[2:] * scale])))
         for _, _, box in drawn:
             if rng.random() < style.occluders:
-                canvas.occlude(rng, box[:2] + rng.random(2) * box[2:], rng.uniform(0.06, 0.2) * box[2:].max(), style.grey)
+                canvas.occlude(
+                    rng, box[:2] + rng.random(2) * box[2:], rng.uniform(0.06, 0.2) * box[2:].max(), style.grey
+                )
         owner = canvas.owner()
-        found = [self._keypoints(model, xy, box, owner, 1 + i * 1000, (width, height)) for i, (model, xy, box) in enumerate(drawn)]
+        found = [
+            self._keypoints(model, xy, box, owner, 1 + i * 1000, (width, height))
+            for i, (model, xy, box) in enumerate(drawn)
+        ]
         return finish(rng, canvas.compose(rng, behind, style, light), style), found
 
     def _keypoints(
@@ -104,7 +114,7 @@ class Category:
     ) -> KeypointSet:
         """A point is visible where one of its parts, or nothing, is in front within a pixel; off the image it is not labelled."""
         state = np.full(len(xy), Visibility.NOT_LABELLED, np.int8)
-        inside = ((xy >= 0) & (xy < size)).all(1)
+        inside = np.all((xy >= 0) & (xy < size), axis=1)
         height, width = owner.shape
         for i in np.flatnonzero(inside):
             column, row = (int(v) for v in xy[i] * SUPER)
@@ -201,14 +211,25 @@ def write_dataset(folder: str | Path, category: Category | str, count: int, seed
         image, found = category.render(rng, size)
         file_name = f"{category.name}_{number:04d}.jpg"
         Image.fromarray(image).save(folder / "images" / file_name, quality=90)
-        images.append({"id": number, "file_name": file_name, "width": size, "height": size, "group": f"render_{number:04d}"})
+        images.append(
+            {"id": number, "file_name": file_name, "width": size, "height": size, "group": f"render_{number:04d}"}
+        )
         assert found.box is not None
-        flat = [v for (x, y), s in zip(found.xy, found.visibility, strict=True) for v in (round(float(x), 2), round(float(y), 2), int(s))]
+        flat = [
+            v
+            for (x, y), s in zip(found.xy, found.visibility, strict=True)
+            for v in (round(float(x), 2), round(float(y), 2), int(s))
+        ]
         box = [round(float(v), 2) for v in found.box]
         annotations.append({"id": number, "image_id": number, "category_id": 1, "keypoints": flat, "bbox": box, "iscrowd": 0,
                             "num_keypoints": int(found.placed.sum()), "area": round(box[2] * box[3], 2)})  # fmt: skip
     schema = category.schema
     kind = {"id": 1, "name": schema.category, "supercategory": "rendered", "keypoints": list(schema.names),
             "skeleton": [[a + 1, b + 1] for a, b in schema.skeleton]}  # fmt: skip
-    data = {"info": {"description": "Rendered by kptllm_core.synthetic"}, "images": images, "annotations": annotations, "categories": [kind]}
+    data = {
+        "info": {"description": "Rendered by kptllm_core.synthetic"},
+        "images": images,
+        "annotations": annotations,
+        "categories": [kind],
+    }
     (folder / "annotations.json").write_text(json.dumps(data), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Soft outlines: leaves, wings with veins, faces, lips and nameless contours, with landmarks on and inside them.
+"""Soft outlines: leaves, wings with veins, butterflies and nameless contours, with landmarks on and inside them.
 
-Frame: in the plane, y up; a face looks at the viewer, so its left is +x.
+Frame: in the plane z = 0, y up, seen from +z.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from kptllm_core.synthetic.figures import sample_paint, swing, vary
-from kptllm_core.synthetic.solids import Detail, Model, Paint, Plate, Template, View
+from kptllm_core.synthetic.solids import Detail, Model, Paint, Template, View
 
 
 def spline(points: np.ndarray, closed: bool = True, steps: int = 6) -> np.ndarray:
@@ -22,7 +22,7 @@ def spline(points: np.ndarray, closed: bool = True, steps: int = 6) -> np.ndarra
     a, b, c, d = (q[:, None] for q in (before, p, after, next_one))
     curve = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
     flat = curve.reshape(-1, p.shape[1])
-    return flat if closed else np.concatenate([flat[: -steps], p[-1:]])
+    return flat if closed else np.concatenate([flat[:-steps], p[-1:]])
 
 
 def flat(x: object, y: object) -> np.ndarray:
@@ -60,7 +60,9 @@ def leaf(rng: np.random.Generator) -> Template:
                 sides[side].append(end)
                 if k < veins - 1:
                     gap = (t[k] + t[k + 1]) / 2 + rise
-                    sides[side].append(flat(line(gap) + x * notch * (widths[k] + widths[k + 1]) / 2 * fat, min(gap, 0.97)))
+                    sides[side].append(
+                        flat(line(gap) + x * notch * (widths[k] + widths[k + 1]) / 2 * fat, min(gap, 0.97))
+                    )
         tip, base = flat(line(1.0), 1.05), flat(0.0, 0.0)
         outline = spline(np.stack([base, *sides["right"], tip, *sides["left"][::-1]]))
         middle = spline(np.stack([base, flat(line(0.5), 0.5), tip]), closed=False)
@@ -96,9 +98,11 @@ def wing(rng: np.random.Generator) -> Template:
     ends_at = np.sort(rng.uniform(-0.5, 0.5, count))[::-1] + np.linspace(0.35, -0.35, count)
     reach = 1.0 - 0.35 * np.abs(np.linspace(-0.6, 1, count)) + rng.uniform(-0.06, 0.06, count)
     crossings = [(int(rng.integers(count - 1)), float(a)) for a in rng.uniform(0.3, 0.75, int(rng.integers(2, 7)))]
-    crossings = [(k, a) for i, (k, a) in enumerate(crossings) if all(abs(a - b) > 0.09 or j != k for j, b in crossings[:i])]
+    crossings = [
+        (k, a) for i, (k, a) in enumerate(crossings) if all(abs(a - b) > 0.09 or j != k for j, b in crossings[:i])
+    ]
     fat, thick, numbered = rng.uniform(0.22, 0.48), rng.uniform(0.010, 0.022), rng.random() < 0.6
-    bow = rng.uniform(-0.08, 0.08, count)
+    bow = rng.uniform(-0.06, 0.06, count)
     ghost = rng.uniform(0, 0.02)
 
     def build(r: np.random.Generator) -> Model:
@@ -108,11 +112,18 @@ def wing(rng: np.random.Generator) -> Template:
         for k in range(count):
             end = flat(reach[k] * long + r.normal(0, 0.012), np.sin(ends_at[k]) * wide + r.normal(0, 0.008))
             root = flat(0.0, roots[k] * 0.5)
-            bulge = flat(end[0] * 0.5, (end[1] + root[1]) / 2 + bow[k] + np.sign(end[1]) * wide * 0.28)
+            fan = 1 - 2 * k / (count - 1)  # the first vein bulges up, the last one down: they bound the wing
+            bulge = flat(end[0] * 0.5, (end[1] + root[1]) / 2 + bow[k] * (1 - abs(fan)) + fan * wide * 0.32)
             veins.append(spline(np.stack([root, bulge, end]), closed=False, steps=10))
             ends.append(end)
         low, high = veins[-1], veins[0]
-        outline = np.concatenate([high, spline(np.stack([ends[0], *(e + flat(0.02, 0) for e in ends[1:-1]), ends[-1]]), closed=False), low[::-1]])
+        outline = np.concatenate(
+            [
+                high,
+                spline(np.stack([ends[0], *(e + flat(0.02, 0) for e in ends[1:-1]), ends[-1]]), closed=False),
+                low[::-1],
+            ]
+        )
         outline = outline + (outline - outline.mean(0)) * 0.03
         details = [Detail(v, 1, thick * (1.3 if k in (0, 1) else 1.0)) for k, v in enumerate(veins)]
         found = []
@@ -139,107 +150,6 @@ def wing(rng: np.random.Generator) -> Template:
     return Template("wing", build, View((0.0,) if rng.random() < 0.7 else (0.0, 180.0), 18.0, 0.0, 18.0, any_roll=0.2))
 
 
-def face(rng: np.random.Generator) -> Template:
-    """A face from the front: a person's, an animal's or a mask's."""
-    u = rng.uniform
-    long, jaw, eye_y, eye_x, eye, nose, mouth_y, mouth = u(0.9, 1.35), u(0.55, 1.0), u(0.05, 0.3), u(0.28, 0.45), u(0.07, 0.16), u(0.08, 0.22), u(-0.6, -0.4), u(0.2, 0.42)
-    ears, brows, hair, dense = int(rng.integers(3)), rng.random() < 0.7, rng.random() < 0.6, rng.random() < 0.4
-    skin, ear_size, cheeks = sample_paint(rng, 0, 0.0), u(0.12, 0.35), rng.random() < 0.3
-    word = ("face", "face", "mask", "animal face")[int(rng.integers(4))]
-
-    def build(r: np.random.Generator) -> Model:
-        m = Model()
-        wide, tall = vary(r, 0.75, 0.08), long * vary(r, 1, 0.06)
-        t = np.linspace(0, 2 * np.pi, 25)[:-1]
-        narrow = np.where(np.sin(t) < 0, 1 - (1 - jaw) * np.sin(t) ** 2, 1.0)
-        depth = -0.35 * np.ones(24)
-        skull = np.stack([np.cos(t) * wide * narrow, np.sin(t) * tall, depth], 1)
-        if ears:
-            for side, x in (("left", 1.0), ("right", -1.0)):
-                root = np.array([x * wide * (0.95 if ears == 1 else 0.6), 0.0 if ears == 1 else tall * 0.75, -0.4])
-                tip = root + ear_size * vary(r, 1, 0.1) * np.array([x * 1.0, 0.25 if ears == 1 else 2.0, 0])
-                ear_id = m.tube([root, tip], [ear_size * 0.8, ear_size * (0.6 if ears == 1 else 0.15)], skin, lift=-0.3)
-                m.point(f"{side}_ear_tip" if ears == 2 else f"{side}_ear", tip, ear_id)
-        plate = m.plate(skull, skin)
-        head = m.parts[plate]
-        assert isinstance(head, Plate)
-        if hair:
-            top = skull[(np.sin(t) > 0.45)]
-            head.details.append(Detail(np.concatenate([top, top[::-1] * (0.8, 0.35, 1) + (0, tall * 0.35, 0)]), 2))
-        m.point("chin", skull[18], plate)
-        m.point("forehead_top", skull[6], plate)
-        if dense:
-            for number, index in enumerate((14, 15, 16, 17), 1):
-                m.point(f"right_jaw_{number}", skull[index], plate)
-                m.point(f"left_jaw_{number}", skull[36 - index if index > 12 else 12], plate)
-            m.link("chin", *(f"left_jaw_{k}" for k in (4, 3, 2, 1)))
-            m.link("chin", *(f"right_jaw_{k}" for k in (4, 3, 2, 1)))
-        spread, size, opened = eye_x * vary(r, 1, 0.06), eye * vary(r, 1, 0.1), abs(vary(r, 0.55, 0.25))
-        gaze, brow_up = r.normal(0, 0.25), swing(r, 0, 0.03)
-        for side, x in (("left", 1.0), ("right", -1.0)):
-            centre = (x * spread, eye_y * tall)
-            z = np.array([0, 0, -0.12])
-            eye_id = m.plate(oval(centre, size, size * opened) + z, Paint(4), details=[Detail(oval((centre[0] + gaze * size * 0.6, centre[1]), size * 0.45, size * opened * 0.85) + z, 5)], lift=0.2)
-            m.point(f"{side}_eye_outer_corner", flat(centre[0] + x * size, centre[1]) + z, eye_id, plate)
-            m.point(f"{side}_eye_inner_corner", flat(centre[0] - x * size, centre[1]) + z, eye_id, plate)
-            m.point(f"{side}_eye_center", flat(*centre) + z, eye_id)
-            m.link(f"{side}_eye_inner_corner", f"{side}_eye_outer_corner")
-            if brows:
-                y = centre[1] + size * 1.5 + brow_up
-                arc = spline(np.stack([flat(centre[0] - x * size * 1.1, y - 0.02), flat(centre[0], y + 0.03), flat(centre[0] + x * size * 1.3, y - 0.03)]), closed=False) + z
-                brow_id = m.tube(arc, 0.025, Paint(2), lift=0.2)
-                m.point(f"{side}_eyebrow_inner_end", arc[0], brow_id)
-                m.point(f"{side}_eyebrow_outer_end", arc[-1], brow_id)
-            if cheeks:
-                m.plate(oval((x * wide * 0.6, mouth_y * tall * 0.45), 0.1, 0.08) + z, Paint(3), lift=0.1)
-                m.point(f"{side}_cheek", flat(x * wide * 0.6, mouth_y * tall * 0.45) + z, len(m.parts) - 1)
-        tip = np.array([0, -0.12 * tall, 0.12])
-        nose_id = m.tube([[0, eye_y * tall * 0.8, -0.08], tip], [nose * 0.35, nose * 0.8], Paint(0 if word == "face" else 3), up=(1, 0, 0), lift=0.25)
-        m.point("nose_tip", tip, nose_id)
-        m.point("nose_bridge", [0, eye_y * tall * 0.8, -0.08], nose_id)
-        half, gap, smile = mouth * vary(r, 1, 0.12), abs(r.normal(0, 0.06)), swing(r, 0.02, 0.05)
-        y = mouth_y * tall
-        left, right = np.array([half, y + smile, -0.14]), np.array([-half, y + smile, -0.14])
-        top, low = np.array([0, y + 0.06 + gap * 0.3, -0.08]), np.array([0, y - 0.08 - gap, -0.1])
-        lips_id = m.plate(spline(np.stack([left, top, right, low])), Paint(1), lift=0.2, details=[Detail(spline(np.stack([left, top - (0, 0.05, 0), right, low + (0, 0.06, 0)])), 5)])
-        for name, xyz in (("left_mouth_corner", left), ("right_mouth_corner", right), ("upper_lip_middle", top), ("lower_lip_middle", low)):
-            m.point(name, xyz, lips_id, plate)
-        m.link("left_mouth_corner", "upper_lip_middle", "right_mouth_corner", "lower_lip_middle", "left_mouth_corner")
-        return m
-
-    return Template(word, build, View((0.0,), 32.0, 0.0, 20.0, any_roll=0.12, roll_spread=14.0))
-
-
-def lips(rng: np.random.Generator) -> Template:
-    """A mouth close up, open or shut."""
-    wide, upper, lower, teeth = rng.uniform(0.8, 1.1), rng.uniform(0.1, 0.22), rng.uniform(0.12, 0.28), rng.random() < 0.5
-    skin, red = Paint(2), Paint(0)
-
-    def build(r: np.random.Generator) -> Model:
-        m = Model()
-        half, gap, smile = wide * vary(r, 1, 0.1) / 2, abs(r.normal(0, 0.12)), swing(r, 0, 0.05)
-        top, low = upper * vary(r, 1, 0.12), lower * vary(r, 1, 0.12)
-        corner = {"left": flat(half, smile), "right": flat(-half, smile)}
-        x = half * 0.3
-        outer = [corner["right"], flat(-x, gap + top), flat(0, gap + top * 0.8), flat(x, gap + top), corner["left"], flat(x, -gap - low), flat(-x, -gap - low)]
-        inner = [corner["right"] * 0.85, flat(-x, gap), flat(0, gap), flat(x, gap), corner["left"] * 0.85, flat(x, -gap), flat(0, -gap), flat(-x, -gap)]
-        details = [Detail(spline(np.stack(inner)), 5)]
-        if teeth and gap > 0.06:
-            details.append(Detail(flat([-x, x, x, -x], [gap, gap, gap * 0.5, gap * 0.5]), 4))
-        m.plate(oval((0, 0), half * 1.5, half * 1.1), skin, lift=-0.1)
-        m.plate(spline(np.stack(outer)), red, details=details)
-        for name, xyz in (("right_mouth_corner", corner["right"]), ("left_mouth_corner", corner["left"]), ("upper_lip_top_right", outer[1]), ("upper_lip_top_middle", outer[2]),
-                          ("upper_lip_top_left", outer[3]), ("lower_lip_bottom_left", outer[5]), ("lower_lip_bottom_right", outer[6]), ("inner_upper_lip_right", inner[1]),
-                          ("inner_upper_lip_middle", inner[2]), ("inner_upper_lip_left", inner[3]), ("inner_lower_lip_left", inner[5]), ("inner_lower_lip_middle", inner[6]),
-                          ("inner_lower_lip_right", inner[7])):  # fmt: skip
-            m.point(name, xyz, 1)
-        m.link("right_mouth_corner", "upper_lip_top_right", "upper_lip_top_middle", "upper_lip_top_left", "left_mouth_corner")
-        m.link("left_mouth_corner", "lower_lip_bottom_left", "lower_lip_bottom_right", "right_mouth_corner")
-        return m
-
-    return Template("lips", build, View((0.0,), 25.0, 0.0, 20.0, any_roll=0.1))
-
-
 def outline(rng: np.random.Generator) -> Template:
     """A nameless soft shape with landmarks on its outline and inside: teeth, shells, organs, blobs. Symmetric or not."""
     word = ("shape", "tooth", "shell", "organ", "stone", "petal")[int(rng.integers(6))]
@@ -259,7 +169,16 @@ def outline(rng: np.random.Generator) -> Template:
     lines = rng.random() < 0.5
     names = [f"contour_{k + 1}" for k in range(count)]
     if paired:
-        names = ["top" if k == 0 else "bottom" if 2 * k == count else f"left_edge_{k}" if 2 * k < count else f"right_edge_{count - k}" for k in range(count)]
+        names = [
+            "top"
+            if k == 0
+            else "bottom"
+            if 2 * k == count
+            else f"left_edge_{k}"
+            if 2 * k < count
+            else f"right_edge_{count - k}"
+            for k in range(count)
+        ]
     rim = rng.random() < 0.5
 
     def build(r: np.random.Generator) -> Model:
@@ -274,7 +193,9 @@ def outline(rng: np.random.Generator) -> Template:
         spots: dict[str, np.ndarray] = {}
         for k, ((x, y), size, colour) in enumerate(zip(inside, sizes, kinds, strict=True), 1):
             for side, sign in (("left_", -1.0), ("right_", 1.0)) if paired else (("", 1.0),):
-                centre = middle + flat(sign * x * aspect * 1.2, y * 1.2) + flat(*np.clip(r.normal(0, 0.015, 2), -0.03, 0.03))
+                centre = (
+                    middle + flat(sign * x * aspect * 1.2, y * 1.2) + flat(*np.clip(r.normal(0, 0.015, 2), -0.03, 0.03))
+                )
                 if lines:
                     details.append(Detail(np.stack([middle, centre]), 5, 0.012))
                 details.append(Detail(oval((centre[0], centre[1]), size, size * 0.8), int(colour)))
@@ -293,9 +214,18 @@ def outline(rng: np.random.Generator) -> Template:
 def butterfly(rng: np.random.Generator) -> Template:
     """A butterfly or moth from above: two pairs of patterned wings on a body."""
     u = rng.uniform
-    upper = flat([0.02, u(0.25, 0.5), u(0.6, 1.0), u(0.55, 0.95), 0.3, 0.02], [0.15, u(0.5, 0.8), u(0.5, 0.9), u(0.0, 0.3), -0.05, -0.02])
-    lower = flat([0.02, 0.3, u(0.45, 0.8), u(0.35, 0.65), u(0.1, 0.3), 0.02], [0.02, 0.05, u(-0.3, -0.05), u(-0.75, -0.45), u(-0.6, -0.4), -0.15])
-    spots = [(bool(rng.random() < 0.5), u(0.2, 0.6, 5), u(0.03, 0.11), int(rng.integers(1, 6))) for _ in range(int(rng.integers(1, 5)))]
+    upper = flat(
+        [0.02, u(0.25, 0.5), u(0.6, 1.0), u(0.55, 0.95), 0.3, 0.02],
+        [0.15, u(0.5, 0.8), u(0.5, 0.9), u(0.0, 0.3), -0.05, -0.02],
+    )
+    lower = flat(
+        [0.02, 0.3, u(0.45, 0.8), u(0.35, 0.65), u(0.1, 0.3), 0.02],
+        [0.02, 0.05, u(-0.3, -0.05), u(-0.75, -0.45), u(-0.6, -0.4), -0.15],
+    )
+    spots = [
+        (bool(rng.random() < 0.5), u(0.2, 0.6, 5), u(0.03, 0.11), int(rng.integers(1, 6)))
+        for _ in range(int(rng.integers(1, 5)))
+    ]
     body, edge = sample_paint(rng, 3, 0.5), int(rng.choice([0, 1, 5]))
     word = ("butterfly", "moth")[int(rng.integers(2))]
     body_long, thick, feeler = u(0.25, 0.45), u(0.04, 0.08), u(0.2, 0.45)
@@ -304,30 +234,52 @@ def butterfly(rng: np.random.Generator) -> Template:
         m = Model()
         stretch = np.array([vary(r, 1, 0.1), vary(r, 1, 0.1), 1.0])
         fold = np.deg2rad(abs(swing(r, 0, 22)))
-        shapes = [(name, points * stretch * np.exp(np.clip(r.normal(0, 0.05, (6, 1)), -0.1, 0.1)), swing(r, 0, 6)) for name, points in (("hind", lower), ("front", upper))]
+        shapes = [
+            (name, points * stretch * np.exp(np.clip(r.normal(0, 0.05, (6, 1)), -0.1, 0.1)), swing(r, 0, 6))
+            for name, points in (("hind", lower), ("front", upper))
+        ]
         for side, x in (("left", -1.0), ("right", 1.0)):
             for name, points, turn in shapes:
                 a = np.deg2rad(turn)
                 spun = points @ np.array([[np.cos(a), np.sin(a), 0], [-np.sin(a), np.cos(a), 0], [0, 0, 1]])
                 place = np.stack([x * spun[:, 0] * np.cos(fold), spun[:, 1], np.abs(spun[:, 0]) * np.sin(fold)], 1)
                 curve = spline(place)
-                details = [Detail(np.concatenate([curve, curve[:1]]), edge, 0.035), Detail(np.stack([place[0], place[2]]), edge, 0.012)]
+                details = [
+                    Detail(np.concatenate([curve, curve[:1]]), edge, 0.035),
+                    Detail(np.stack([place[0], place[2]]), edge, 0.012),
+                ]
                 named = {f"{side}_{name}_wing_tip": place[2], f"{side}_{name}_wing_corner": place[3]}
                 for number, (front, mix, size, colour) in enumerate(spots, 1):
                     if front == (name == "front"):
                         middle = (mix / mix.sum()) @ place[[1, 2, 3, 4, 5]]
-                        details.append(Detail(oval((middle[0], middle[1]), size, size * 0.85) + (0, 0, middle[2]), colour))
+                        details.append(
+                            Detail(oval((middle[0], middle[1]), size, size * 0.85) + (0, 0, middle[2]), colour)
+                        )
                         named[f"{side}_{name}_wing_spot_{number}"] = middle
-                part = m.plate(curve, Paint(0 if name == "front" else 2), details=details, lift=0.0 if name == "front" else -0.1)
+                part = m.plate(
+                    curve, Paint(0 if name == "front" else 2), details=details, lift=0.0 if name == "front" else -0.1
+                )
                 for title, xyz in named.items():
                     m.point(title, xyz, part)
                 m.link("thorax", f"{side}_{name}_wing_tip", f"{side}_{name}_wing_corner")
         nod = swing(r, 0, 0.06)
         tail, head = flat(nod, -body_long), flat(-nod, 0.25)
-        trunk = m.tube(np.stack([tail, tail * 0.5, flat(0, 0.05), head]), np.array([0.4, 0.9, 1.2, 0.7]) * thick, body, up=(1, 0, 0), lift=0.5)
+        trunk = m.tube(
+            np.stack([tail, tail * 0.5, flat(0, 0.05), head]),
+            np.array([0.4, 0.9, 1.2, 0.7]) * thick,
+            body,
+            up=(1, 0, 0),
+            lift=0.5,
+        )
         for side, x in (("left", -1.0), ("right", 1.0)):
             end = head + flat(x * feeler * 0.6 * vary(r, 1, 0.15), feeler)
-            m.point(f"{side}_antenna_tip", end, m.tube(np.stack([head, (head + end) / 2 + flat(x * -0.03, 0), end]), [0.01, 0.01, 0.02], Paint(5), lift=0.4))
+            m.point(
+                f"{side}_antenna_tip",
+                end,
+                m.tube(
+                    np.stack([head, (head + end) / 2 + flat(x * -0.03, 0), end]), [0.01, 0.01, 0.02], Paint(5), lift=0.4
+                ),
+            )
             m.link("head", f"{side}_antenna_tip")
         m.point("head", head, m.ball(head, thick * 0.9, Paint(5), lift=0.6))
         m.point("thorax", flat(0, 0.05), trunk)

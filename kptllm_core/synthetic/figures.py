@@ -1,8 +1,7 @@
-"""Articulated figures seen from the side or the front: four-legged animals, people, birds, fish, random trees of limbs.
+"""Articulated figures with the proportions of their own: four-legged animals from the side, people from the front.
 
-Each function draws the proportions of a category from its generator and returns a Template whose `build` poses one
-instance. Side view frame: the animal looks towards +x, its right side is +z. Front view frame: it looks towards +z, its
-left is +x.
+Each function draws a category's proportions from its generator and returns a Template whose `build` poses one instance.
+Side view frame: the animal looks towards +x, its right side is +z. Front view frame: it looks towards +z, its left is +x.
 """
 
 from __future__ import annotations
@@ -37,10 +36,22 @@ def sample_paint(rng: np.random.Generator, colour: int, busy: float = 0.7) -> Pa
     if rng.random() < busy:
         kind = rng.integers(4)
         if kind == 0:
-            marks = [Mark("stripe", float(t), 0, float(rng.uniform(0.02, 0.07)), other) for t in rng.uniform(0.08, 0.95, int(rng.integers(1, 7)))]
+            marks = [
+                Mark("stripe", float(t), 0, float(rng.uniform(0.02, 0.07)), other)
+                for t in rng.uniform(0.08, 0.95, int(rng.integers(1, 7)))
+            ]
         elif kind == 1:
             spots = int(rng.integers(2, 9))
-            marks = [Mark("spot", float(rng.uniform(0.08, 0.92)), float(rng.uniform(-0.6, 0.7)), float(rng.uniform(0.15, 0.4)), other) for _ in range(spots)]
+            marks = [
+                Mark(
+                    "spot",
+                    float(rng.uniform(0.08, 0.92)),
+                    float(rng.uniform(-0.6, 0.7)),
+                    float(rng.uniform(0.15, 0.4)),
+                    other,
+                )
+                for _ in range(spots)
+            ]
         elif kind == 2:
             marks = [Mark("stripe", float(rng.choice([0.12, 0.88])), 0, 0.12, other)]
         else:
@@ -52,19 +63,38 @@ def quadruped(rng: np.random.Generator) -> Template:
     """A four-legged animal from the side."""
     u = rng.uniform
     chest, waist, rump = u(0.16, 0.34), u(0.12, 0.3), u(0.15, 0.32)
-    leg, thick, neck, neck_up, head, snout = u(0.35, 1.15), u(0.035, 0.09), u(0.12, 0.7), u(5, 75), u(0.14, 0.3), u(0.4, 0.75)
+    leg, thick, neck, neck_up, head, snout = (
+        u(0.35, 1.15),
+        u(0.035, 0.09),
+        u(0.12, 0.7),
+        u(5, 75),
+        u(0.14, 0.3),
+        u(0.4, 0.75),
+    )
     tail, tail_up, ear, floppy, horn = u(0.1, 0.9), u(-70, 50), u(0.08, 0.3), rng.random() < 0.4, rng.random() < 0.25
     knee, foot = (("knee", "hoof"), ("knee", "paw"), ("elbow", "foot"), ("knee", "foot"))[int(rng.integers(4))]
     hind = ("hind", "back")[int(rng.integers(2))]
     body_paint, head_paint = sample_paint(rng, 0), sample_paint(rng, int(rng.choice([0, 0, 2])), 0.4)
-    leg_paints = {"front": sample_paint(rng, int(rng.choice([0, 0, 1, 2])), 0.5), hind: sample_paint(rng, int(rng.choice([0, 0, 1, 2])), 0.5)}
-    foot_paint, tail_paint, ear_paint, eye_paint = Paint(3), sample_paint(rng, int(rng.choice([0, 4])), 0.5), Paint(int(rng.choice([0, 4]))), Paint(5)
+    leg_paints = {
+        "front": sample_paint(rng, int(rng.choice([0, 0, 1, 2])), 0.5),
+        hind: sample_paint(rng, int(rng.choice([0, 0, 1, 2])), 0.5),
+    }
+    foot_paint, tail_paint, ear_paint, eye_paint = (
+        Paint(3),
+        sample_paint(rng, int(rng.choice([0, 4])), 0.5),
+        Paint(int(rng.choice([0, 4]))),
+        Paint(5),
+    )
     word = ("four-legged animal", "quadruped", "animal")[int(rng.integers(3))]
 
     def build(r: np.random.Generator) -> Model:
         m = Model()
         fat, long = vary(r, 1, 0.1), vary(r, 1, 0.08)
-        back = np.array([-0.5 * long, vary(r, 0.03, 0.5), 0]), np.array([0.0, -0.02, 0]), np.array([0.5 * long, 0.02, 0])
+        back = (
+            np.array([-0.5 * long, vary(r, 0.03, 0.5), 0]),
+            np.array([0.0, -0.02, 0]),
+            np.array([0.5 * long, 0.02, 0]),
+        )
         bend = swing(r, 0, 0.05)
         spine = [back[0], back[1] + (0, bend, 0), back[2]]
         body = m.tube(spine, np.array([rump, waist, chest]) * fat, body_paint, flat=0.8)
@@ -89,20 +119,46 @@ def quadruped(rng: np.random.Generator) -> Template:
                 second = first - abs(swing(r, bow, 14)) * np.sign(bow) * (-1 if end == "front" else 1)
                 joint = hip + (low + radius * 0.3) * towards(first, z * 0.05)
                 down = joint + (length - low) * towards(second, z * 0.02)
-                upper = m.tube([hip, (hip + joint) / 2, joint], [lean * 2.2, lean * 1.6, lean], leg_paints[end], lift=z * 0.01)
-                lower = m.tube([joint, down], [lean, lean * 0.75], Paint(leg_paints[end].colour, leg_paints[end].marks), lift=z * 0.01)
-                toe = m.tube([down, down + np.array([lean * 1.1, -lean * 0.3, 0])], lean, foot_paint, lift=z * 0.01 + 0.005)
-                m.point(f"{side}_{end}_shoulder" if end == "front" else f"{side}_hip", hip, upper, *([body] if z == 0 else []))
+                upper = m.tube(
+                    [hip, (hip + joint) / 2, joint], [lean * 2.2, lean * 1.6, lean], leg_paints[end], lift=z * 0.01
+                )
+                lower = m.tube(
+                    [joint, down],
+                    [lean, lean * 0.75],
+                    Paint(leg_paints[end].colour, leg_paints[end].marks),
+                    lift=z * 0.01,
+                )
+                toe = m.tube(
+                    [down, down + np.array([lean * 1.1, -lean * 0.3, 0])], lean, foot_paint, lift=z * 0.01 + 0.005
+                )
+                m.point(
+                    f"{side}_{end}_shoulder" if end == "front" else f"{side}_hip",
+                    hip,
+                    upper,
+                    *([body] if z == 0 else []),
+                )
                 m.point(f"{side}_{end}_{knee}", joint, upper, lower)
                 m.point(f"{side}_{end}_{foot}", down, lower, toe)
-                m.link(f"{side}_{end}_shoulder" if end == "front" else f"{side}_hip", f"{side}_{end}_{knee}", f"{side}_{end}_{foot}")
+                m.link(
+                    f"{side}_{end}_shoulder" if end == "front" else f"{side}_hip",
+                    f"{side}_{end}_{knee}",
+                    f"{side}_{end}_{foot}",
+                )
         up = swing(r, neck_up, 18)
         start = spine[2] + np.array([chest * 0.5, chest * 0.35, 0]) * fat
         poll = start + neck * vary(r, 1, 0.12) * towards(up, swing(r, 0, 0.08)) + (0.05, 0.05, 0)
-        neck_id = m.tube([start, (start + poll) / 2, poll], [chest * 0.7 * fat, chest * 0.5 * fat + 0.03, head * 0.55], head_paint)
+        neck_id = m.tube(
+            [start, (start + poll) / 2, poll], [chest * 0.7 * fat, chest * 0.5 * fat + 0.03, head * 0.55], head_paint
+        )
         nod = swing(r, -25, 16)
         skull, mouth = poll, poll + head * 1.5 * vary(r, 1, 0.1) * towards(nod, swing(r, 0, 0.12))
-        head_id = m.tube([skull, (skull + mouth) / 2, mouth], np.array([0.62, 0.5, 0.5 * snout]) * head, head_paint, flat=0.8, lift=0.03)
+        head_id = m.tube(
+            [skull, (skull + mouth) / 2, mouth],
+            np.array([0.62, 0.5, 0.5 * snout]) * head,
+            head_paint,
+            flat=0.8,
+            lift=0.03,
+        )
         nose = m.ball(mouth + 0.3 * snout * head * towards(nod + 20), head * 0.16, Paint(3), lift=0.06)
         m.point("nose", mouth + 0.3 * snout * head * towards(nod + 20), nose)
         m.point("neck_base", start, neck_id)
@@ -113,7 +169,12 @@ def quadruped(rng: np.random.Generator) -> Template:
             m.point(f"{side}_eye", eye, eye_id)
             root = skull + head * 0.45 * towards(nod + 110) + np.array([0, 0, z * head * 0.4])
             way = towards(swing(r, nod + (230 if floppy else 115), 12), z * 0.45)
-            ear_id = m.tube([root, root + way * ear * 0.5, root + way * ear], [ear * 0.18, ear * 0.3, ear * 0.08], ear_paint, lift=0.04)
+            ear_id = m.tube(
+                [root, root + way * ear * 0.5, root + way * ear],
+                [ear * 0.18, ear * 0.3, ear * 0.08],
+                ear_paint,
+                lift=0.04,
+            )
             m.point(f"{side}_ear_base", root, ear_id, head_id)
             m.point(f"{side}_ear_tip", root + way * ear, ear_id)
             if horn:
@@ -130,12 +191,17 @@ def person(rng: np.random.Generator) -> Template:
     u = rng.uniform
     torso, shoulder, hip, arm, leg = u(0.5, 0.75), u(0.18, 0.32), u(0.11, 0.24), u(0.5, 0.85), u(0.55, 1.0)
     thick, head, wide = u(0.04, 0.085), u(0.11, 0.26), u(0.85, 1.3)
-    shirt, trousers, sleeve, hair = sample_paint(rng, 0), sample_paint(rng, 2, 0.4), sample_paint(rng, int(rng.choice([0, 4])), 0.4), Paint(1)
+    shirt, trousers, sleeve, hair = (
+        sample_paint(rng, 0),
+        sample_paint(rng, 2, 0.4),
+        sample_paint(rng, int(rng.choice([0, 4])), 0.4),
+        Paint(1),
+    )
     skin, shoe, long_hair, spread = Paint(4), Paint(3), rng.random() < 0.4, u(0, 40)
     tip = ("hand", "wrist")[int(rng.integers(2))], ("foot", "ankle")[int(rng.integers(2))]
 
     def build(r: np.random.Generator) -> Model:
-        m = Model()
+        m, thighs = Model(), []
         size, fat = vary(r, 1, 0.08), vary(r, wide, 0.12)
         lean = swing(r, 90, 9)
         pelvis = np.zeros(3)
@@ -144,7 +210,12 @@ def person(rng: np.random.Generator) -> Template:
         chest = neck - min(shoulder * 0.75 * fat, torso * 0.6) * towards(lean)  # its round end reaches up to the neck
         radii = np.array([hip, (hip + shoulder) * 0.42, shoulder * 0.8]) * fat
         body = m.tube([pelvis, (pelvis + chest) / 2, chest], radii, shirt, up=tuple(across), flat=0.6)
-        m.tube([neck * 0.92 - across * shoulder * fat * 0.8, neck * 0.92 + across * shoulder * fat * 0.8], thick * 1.4, shirt, lift=-0.01)
+        m.tube(
+            [neck * 0.92 - across * shoulder * fat * 0.8, neck * 0.92 + across * shoulder * fat * 0.8],
+            thick * 1.4,
+            shirt,
+            lift=-0.01,
+        )
         m.point("neck", neck, body, body + 1, body + 2)
         m.point("pelvis", pelvis, body)
         m.tube([neck * 0.85, neck * 1.12], thick * 1.1, skin)
@@ -155,7 +226,11 @@ def person(rng: np.random.Generator) -> Template:
         if long_hair:
             m.tube([skull + h * 0.2 * towards(tilt), skull - h * 1.3 * towards(tilt)], [h * 1.1, h], hair, lift=-0.1)
         scalp = m.tube([skull, skull + h * 0.3 * towards(tilt) + (0, 0, -0.1 * h)], h, hair, lift=-0.02)
-        head_id = m.tube([skull - h * 0.2 * towards(tilt) + (0, 0, h * 0.25), skull + h * 0.05 * towards(tilt) + (0, 0, h * 0.25)], [h * 0.75, h * 0.82], skin)
+        head_id = m.tube(
+            [skull - h * 0.2 * towards(tilt) + (0, 0, h * 0.25), skull + h * 0.05 * towards(tilt) + (0, 0, h * 0.25)],
+            [h * 0.75, h * 0.82],
+            skin,
+        )
         m.point("head_top", skull + h * 1.1 * towards(tilt), scalp)
         nose = skull - h * 0.2 * towards(tilt) + (0, 0, h * 1.1)
         m.point("nose", nose, m.ball(nose, h * 0.14, skin, lift=0.01), head_id)
@@ -183,172 +258,19 @@ def person(rng: np.random.Generator) -> Template:
             knee = joint + leg * size / 2 * towards(first, swing(r, 0.1, 0.2))
             ankle = knee + leg * size / 2 * towards(swing(r, first * 0.6 - 36, 15), -abs(swing(r, 0, 0.2)))
             upper = m.tube([joint, knee], np.array([1.7, 1.2]) * thick * fat, trousers, up=(0, 0, 1), lift=-0.02)
+            thighs.append(upper)
             lower = m.tube([knee, ankle], np.array([1.2, 0.8]) * thick * fat, trousers, up=(0, 0, 1), lift=-0.01)
             toe = m.tube([ankle, ankle + (x * thick * 0.5, -thick * 0.6, thick * 1.8)], thick * 0.95, shoe)
             m.point(f"{side}_hip", joint, upper, body)
             m.point(f"{side}_knee", knee, upper, lower)
             m.point(f"{side}_{tip[1]}", ankle, lower, toe)
             m.link("pelvis", f"{side}_hip", f"{side}_knee", f"{side}_{tip[1]}")
+        m.points["pelvis"] = (pelvis, (body, *thighs))
         m.link("head_top", "neck", "pelvis")
         m.link("left_eye", "nose", "right_eye")
         return m
 
     yaws = ((0.0,), (0.0, 0.0, 180.0))[int(rng.integers(2))]
-    return Template(("person", "figure", "doll", "robot")[int(rng.integers(4))], build, View(yaws, 40.0, 2.0, 12.0, any_roll=0.12))
-
-
-def bird(rng: np.random.Generator) -> Template:
-    """A bird from the side, standing or swimming, wing folded."""
-    u = rng.uniform
-    plump, neck, neck_up, head, beak, leg, tail, wing = u(0.2, 0.36), u(0.1, 0.6), u(30, 85), u(0.1, 0.19), u(0.08, 0.4), u(0.15, 0.7), u(0.2, 0.7), u(0.5, 0.85)
-    body_paint, head_paint, wing_paint, tail_paint = sample_paint(rng, 0), sample_paint(rng, int(rng.choice([0, 2])), 0.4), sample_paint(rng, 1), sample_paint(rng, 3, 0.4)
-    tail_up, crest = u(-30, 25), rng.random() < 0.3
-
-    def build(r: np.random.Generator) -> Model:
-        m = Model()
-        fat, pitch = plump * vary(r, 1, 0.1), swing(r, 18, 12)
-        half = 0.36 * towards(pitch)
-        body = m.tube([-half, half * 0.1, half], np.array([0.55, 1.0, 0.75]) * fat, body_paint)
-        base = -half * 1.25
-        tip = base - tail * vary(r, 1, 0.12) * towards(pitch + swing(r, -tail_up, 10))
-        tail_id = m.tube([base, tip], [fat * 0.35, fat * 0.3], tail_paint, flat=1.6, lift=-0.03)
-        start = half * 1.15
-        skull = start + neck * vary(r, 1, 0.12) * towards(swing(r, neck_up, 14)) + (0.02, fat * 0.5, 0)
-        m.tube([start, (start + skull) / 2, skull], [fat * 0.65, head * 0.8, head * 0.7], head_paint)
-        look_down = swing(r, -6, 14)
-        head_id = m.ball(skull, head, head_paint, lift=0.02)
-        point = skull + (head * 0.8 + beak * vary(r, 1, 0.1)) * towards(look_down)
-        beak_id = m.tube([skull + head * 0.75 * towards(look_down), point], [head * 0.42, head * 0.08], Paint(4), lift=0.03)
-        eye = skull + head * 0.38 * towards(look_down + 45)
-        eye_id = m.ball(eye, head * 0.2, Paint(5), lift=0.3)
-        for name, xyz, ids in (("beak_tip", point, (beak_id,)), ("eye", eye, (eye_id,)), ("head_top", skull + head * 0.85 * towards(look_down + 90), (head_id,)),
-                               ("nape", skull + head * 0.85 * towards(look_down + 170), (head_id,)), ("breast", half * 0.9 + fat * 0.6 * towards(pitch - 60), (body,)),
-                               ("back", half * 0.1 + fat * 0.85 * towards(pitch + 90), (body,)), ("belly", half * 0.1 - fat * 0.85 * towards(pitch + 90), (body,)),
-                               ("tail_base", base, (tail_id, body)), ("tail_tip", tip, (tail_id,))):  # fmt: skip
-            m.point(name, xyz, *ids)
-        if crest:
-            top = skull + head * 1.9 * towards(look_down + swing(r, 120, 8))
-            m.point("crest_tip", top, m.tube([skull + head * 0.8 * towards(look_down + 100), top], [head * 0.35, 0.015], Paint(4)))
-        droop, length = swing(r, 0, 10), wing * vary(r, 1, 0.1)
-        for side, z in SIDES:
-            root = half * 0.55 + np.array([0, fat * 0.3, z * fat * 0.85])
-            end = root - length * towards(pitch + droop) + np.array([0, 0, z * 0.03])
-            wing_id = m.tube([root, (root + end) / 2, end], np.array([0.5, 0.62, 0.12]) * fat, wing_paint, flat=0.3, lift=0.05 * z)
-            m.point(f"{side}_wing_root", root, wing_id)
-            m.point(f"{side}_wing_tip", end, wing_id)
-            hip = np.array([0.0, -fat * 0.7, z * fat * 0.4])
-            knee = hip + leg * 0.4 * vary(r, 1, 0.1) * towards(swing(r, -100, 14))
-            foot = knee + leg * 0.6 * towards(swing(r, -84, 14))
-            leg_id = m.tube([hip, knee, foot], [0.035, 0.022, 0.02], Paint(4), lift=0.02 * z - 0.05)
-            toe = m.tube([foot, foot + (0.09, -0.015, 0)], 0.02, Paint(4), lift=0.02 * z - 0.04)
-            m.point(f"{side}_knee", knee, leg_id)
-            m.point(f"{side}_foot", foot, leg_id, toe)
-            m.link(f"{side}_wing_root", f"{side}_wing_tip")
-            m.link("belly", f"{side}_knee", f"{side}_foot")
-        m.link("beak_tip", "eye", "nape", "back", "tail_base", "tail_tip")
-        return m
-
-    return Template("bird", build, View((0.0, 180.0), 30.0, 3.0, 10.0, any_roll=0.12))
-
-
-def fish(rng: np.random.Generator) -> Template:
-    """A fish from the side."""
-    u = rng.uniform
-    deep, deep_at, tail, fork, fin, fin_at, slim = u(0.12, 0.36), u(0.35, 0.6), u(0.16, 0.36), u(0.0, 0.7), u(0.06, 0.28), u(0.3, 0.6), u(0.03, 0.07)
-    body_paint, fin_paint = sample_paint(rng, 0, 0.95), Paint(int(rng.choice([1, 2, 4])))
-
-    def build(r: np.random.Generator) -> Model:
-        m = Model()
-        t = np.linspace(0, 1, 9)
-        bend = swing(r, 0, 0.16)
-        spine = np.stack([0.6 - 1.2 * t, bend * (t - 0.4) ** 2, 0.15 * swing(r, 0, 1) * (t - 0.4) ** 2], 1)
-        height = deep * vary(r, 1, 0.1)
-        radii = np.interp(t, [0, deep_at * 0.4, deep_at, 0.85, 1], np.array([0.25, 0.8, 1.0, 0.4, slim / height]) * height)
-        edge = lambda i, up: spine[i] + np.array([0, up * radii[i], 0])  # noqa: E731
-        back_fin, rear = int(fin_at * 8), min(int(fin_at * 8) + 2, 7)
-        crest = edge(back_fin, 0.9) + np.array([-0.1, fin * vary(r, 1, 0.15), 0])
-        dorsal = m.plate([edge(back_fin - 1, 0.7), crest, edge(rear, 0.9), edge(rear, 0.3)], fin_paint, lift=-0.3)
-        belly = edge(6, -0.8) + np.array([-0.08, -fin * 0.8 * vary(r, 1, 0.15), 0])
-        anal = m.plate([edge(5, -0.6), belly, edge(7, -0.8), edge(7, 0.0)], fin_paint, lift=-0.3)
-        end, spread = spine[-1], tail * vary(r, 1, 0.12)
-        upper, lower = end + spread * towards(swing(r, 140, 6)), end + spread * towards(swing(r, 220, 6))
-        notch = (upper + lower) / 2 * (1 - fork) + end * fork
-        caudal = m.plate([end + (0.08, slim, 0), upper, notch, lower, end + (0.08, -slim, 0)], fin_paint, lift=-0.3)
-        body = m.tube(spine, radii, body_paint, flat=0.4)
-        eye = spine[1] + np.array([0.02, radii[1] * 0.35, 0])
-        m.ball(eye, height * 0.17, Paint(4), lift=0.4)
-        eye_id = m.ball(eye, height * 0.1, Paint(5), lift=0.5)
-        root = spine[3] - (0, radii[3] * 0.3, 0)
-        flap = root + fin * 0.9 * towards(swing(r, 200, 20))
-        side = m.plate([root + (0.04, 0.03, 0), flap + (0, 0.05, 0), flap, root - (0, 0.05, 0)], Paint(fin_paint.colour), lift=0.35)
-        for name, xyz, part in (("mouth", spine[0] + (radii[0] * 0.8, 0, 0), body), ("eye", eye, eye_id), ("gill", spine[2], body),
-                                ("dorsal_fin_base", edge(back_fin - 1, 0.9), body), ("dorsal_fin_tip", crest, dorsal), ("pectoral_fin_tip", flap, side),
-                                ("anal_fin_tip", belly, anal), ("tail_base", end, body), ("tail_fin_upper_tip", upper, caudal),
-                                ("tail_fin_lower_tip", lower, caudal), ("tail_fin_middle", notch, caudal)):  # fmt: skip
-            m.point(name, xyz, part)
-        m.link("mouth", "eye", "gill", "tail_base", "tail_fin_upper_tip")
-        m.link("tail_base", "tail_fin_lower_tip")
-        m.link("dorsal_fin_base", "dorsal_fin_tip")
-        return m
-
-    return Template("fish", build, View((0.0, 180.0), 28.0, 0.0, 12.0, roll_spread=18.0, any_roll=0.25))
-
-
-def limbs(rng: np.random.Generator) -> Template:
-    """A random tree of limbs on a body, some in symmetric pairs: creatures, plants and machines that nobody has seen."""
-    count, paired = int(rng.integers(3, 9)), rng.random() < 0.4
-    word, part, end = (("creature", "arm", "tip"), ("plant", "branch", "tip"), ("machine", "arm", "end"), ("creature", "leg", "foot"), ("starfish", "arm", "tip"))[int(rng.integers(5))]
-    length, width = rng.uniform(0.15, 0.5), rng.uniform(0.1, 0.3)
-    body_paint, head = sample_paint(rng, 0, 0.9), rng.random() < 0.6
-    angles = np.sort(rng.permutation(12)[:count] * 30.0 + rng.uniform(-9, 9, count)) if not paired else np.linspace(35, 150, (count + 1) // 2)
-    chains = []
-    for angle in angles:
-        bones = int(rng.integers(1, 4))
-        paint = sample_paint(rng, int(rng.integers(0, 6)), 0.7)
-        chains.append((angle, rng.uniform(0.2, 0.6, bones), np.cumsum(rng.uniform(-50, 50, bones)) * (np.arange(bones) > 0), rng.uniform(0.03, 0.09), paint, rng.random() < 0.5, int(rng.integers(6))))
-    joints = ("joint", "elbow", "knee", "node")[int(rng.integers(4))]
-    stiff = rng.uniform(3, 16)
-
-    def build(r: np.random.Generator) -> Model:
-        m = Model()
-        fat = vary(r, width, 0.12)
-        top = np.array([0, length * vary(r, 1, 0.12), 0])
-        body = m.tube([-top, top * 0.0, top], np.array([0.8, 1.0, 0.9]) * fat, body_paint, up=(1, 0, 0))
-        m.point("body_center", [0, 0, 0], body)
-        m.point("body_top", top, body)
-        m.point("body_bottom", -top, body)
-        m.link("body_top", "body_center", "body_bottom")
-        if head:
-            skull = top + (0, fat * 1.1, 0)
-            m.point("head", skull, m.ball(skull, fat * 0.8, Paint(2), lift=0.1))
-            m.ball(skull + (0.3 * fat, 0.2 * fat, 0), fat * 0.18, Paint(5), lift=0.2)
-        for number, (angle, bones, bends, thick, paint, knob, knob_colour) in enumerate(chains, 1):
-            lengths = bones * np.exp(np.clip(r.normal(0, 0.12, len(bones)), -0.25, 0.25))
-            for side, sign in (("left_", -1.0), ("right_", 1.0)) if paired else (("", 1.0),):
-                way = np.deg2rad(angle + swing(r, 0, stiff))
-                place = np.array([np.sin(way) * fat * 0.8 * sign, np.cos(way) * (length * 0.8 + fat * 0.5), 0])
-                name = f"{side}{part}_{number}"
-                previous, tube_id = f"{name}_base", body
-                base = place
-                ids = []
-                for k, (bone, bend) in enumerate(zip(lengths, bends, strict=True)):
-                    turn = np.deg2rad(angle + bend + swing(r, 0, stiff * (1 + k)))
-                    after = place + bone * np.array([np.sin(turn) * sign, np.cos(turn), swing(r, 0, 0.12)])
-                    tube_id = m.tube([place, after], np.array([1.0, 0.8]) * thick * 0.85**k, paint, up=(sign, 0.3, 0), lift=-0.05 + 0.002 * k)
-                    ids.append(tube_id)
-                    if k == 0:
-                        m.point(previous, base, tube_id, body)
-                    last = k == len(lengths) - 1
-                    title = f"{name}_{end}" if last else f"{name}_{joints}" if len(lengths) == 2 else f"{name}_{joints}_{k + 1}"
-                    m.point(title, after, tube_id)
-                    m.link(previous, title)
-                    place, previous = after, title
-                if knob:
-                    knob_id = m.ball(place, thick * 1.5, Paint(knob_colour), lift=0.01)
-                    m.points[previous] = (place, (knob_id, tube_id))
-                for title, later in zip([n for n in m.points if n.startswith(f"{name}_{joints}")], ids[1:], strict=False):
-                    m.points[title] = (m.points[title][0], (*m.points[title][1], later))
-        return m
-
-    turns = rng.random() < 0.4
-    return Template(word, build, View((0.0,), 28.0, 0.0, 22.0, any_roll=0.6 if turns else 0.12, roll_spread=15.0))
+    return Template(
+        ("person", "figure", "doll", "robot")[int(rng.integers(4))], build, View(yaws, 40.0, 2.0, 12.0, any_roll=0.12)
+    )

@@ -57,7 +57,9 @@ def noise(rng: np.random.Generator, width: int, height: int, part: float = 0.5) 
     fields, _ = _bank()
     side = int(np.clip(part, 0.05, 1.0) * _BANK)
     x, y = rng.integers(0, _BANK - side + 1, 2)
-    cut = fields[int(rng.integers(len(fields)))].resize((width, height), Image.Resampling.BILINEAR, (x, y, x + side, y + side))
+    cut = fields[int(rng.integers(len(fields)))].resize(
+        (width, height), Image.Resampling.BILINEAR, (x, y, x + side, y + side)
+    )
     return np.asarray(cut, np.float32) / 255.0
 
 
@@ -110,7 +112,9 @@ def background(rng: np.random.Generator, width: int, height: int, style: Look) -
     elif kind == "tiles":
         other = -xs * sin + ys * cos
         step = rng.uniform(3, 9)
-        mix = (((slope * step).astype(np.int8) + (other * step).astype(np.int8)) % 2) * np.float32(rng.uniform(0.2, 0.9))
+        mix = (((slope * step).astype(np.int8) + (other * step).astype(np.int8)) % 2) * np.float32(
+            rng.uniform(0.2, 0.9)
+        )
     elif kind == "leaf":  # a big leaf with veins
         side = -xs * sin + ys * cos
         vein = np.abs((slope * 5 + np.abs(side) * 3.0) % 1.0 - 0.5) < 0.035
@@ -129,24 +133,34 @@ def background(rng: np.random.Generator, width: int, height: int, style: Look) -
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for _ in range(shapes):
-        rgb = tuple(int(v) for v in np.clip(rng.random(3) if rng.random() < 0.5 and not style.grey else np.full(3, rng.random()), 0, 1) * 255)
+        rgb = tuple(
+            int(v)
+            for v in np.clip(rng.random(3) if rng.random() < 0.5 and not style.grey else np.full(3, rng.random()), 0, 1)
+            * 255
+        )
         _blob(rng, draw, rng.uniform(0, [width, height]), rng.uniform(0.04, 0.3) * max(width, height), rgb)
     return np.asarray(image, np.float32)
 
 
-def _blob(rng: np.random.Generator, draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float, rgb: tuple[int, ...]) -> None:
+def _blob(
+    rng: np.random.Generator, draw: ImageDraw.ImageDraw, centre: np.ndarray, radius: float, rgb: tuple[int, ...]
+) -> None:
     """A random polygon, ellipse or thick line."""
     kind = rng.integers(3)
     if kind == 0:
         around = np.sort(rng.uniform(0, 2 * np.pi, int(rng.integers(3, 8))))
-        corners = centre + radius * np.stack([np.cos(around), np.sin(around)], 1) * rng.uniform(0.4, 1, (len(around), 1))
+        corners = centre + radius * np.stack([np.cos(around), np.sin(around)], 1) * rng.uniform(
+            0.4, 1, (len(around), 1)
+        )
         draw.polygon(corners.ravel().tolist(), fill=rgb)
     elif kind == 1:
         rx, ry = radius * rng.uniform(0.3, 1, 2)
         draw.ellipse([centre[0] - rx, centre[1] - ry, centre[0] + rx, centre[1] + ry], fill=rgb)
     else:
         way = rng.uniform(-2, 2, (3, 2)) * radius
-        draw.line((centre + np.cumsum(way, 0)).ravel().tolist(), fill=rgb, width=max(1, int(radius * 0.25)), joint="curve")
+        draw.line(
+            (centre + np.cumsum(way, 0)).ravel().tolist(), fill=rgb, width=max(1, int(radius * 0.25)), joint="curve"
+        )
 
 
 class Canvas:
@@ -168,7 +182,9 @@ class Canvas:
                 if layer.width is None:
                     self._draw_colour.polygon(flat, fill=rgb)
                 else:
-                    self._draw_colour.line(flat, fill=rgb, width=max(1, round(layer.width * scale * SUPER)), joint="curve")
+                    self._draw_colour.line(
+                        flat, fill=rgb, width=max(1, round(layer.width * scale * SUPER)), joint="curve"
+                    )
                 if depth == 0:
                     self._draw_owner.polygon(flat, fill=first + shape.part)
 
@@ -192,7 +208,9 @@ class Canvas:
         small = mask.reduce(SUPER * 4).filter(ImageFilter.GaussianBlur(2.0))
         soft = np.asarray(small, np.float32) / 255.0
         gy, gx = np.gradient(soft)
-        shade = Image.fromarray((1.0 - (gx * light[0] + gy * light[1]) * np.float32(rng.uniform(0.2, 1.6))).astype(np.float32))
+        shade = Image.fromarray(
+            (1.0 - (gx * light[0] + gy * light[1]) * np.float32(rng.uniform(0.2, 1.6))).astype(np.float32)
+        )
         relief = np.asarray(shade.resize((self.width, self.height), Image.Resampling.BILINEAR))
         if style.grain:
             grain = noise(rng, self.width, self.height, style.grain_cells / 16.0) - 0.5
@@ -200,7 +218,9 @@ class Canvas:
         if rng.random() < 0.5:
             move = -light * rng.uniform(0.5, 3.0)
             dark = small.transform(small.size, Image.Transform.AFFINE, (1, 0, -move[0], 0, 1, -move[1]))
-            shadow = np.asarray(dark.resize((self.width, self.height), Image.Resampling.BILINEAR), np.float32)[..., None]
+            shadow = np.asarray(dark.resize((self.width, self.height), Image.Resampling.BILINEAR), np.float32)[
+                ..., None
+            ]
             behind = behind * (1.0 - shadow * np.float32(rng.uniform(0.1, 0.6) / 255.0))
         return behind * (1.0 - alpha) + colour * relief[..., None]
 
@@ -227,7 +247,9 @@ def finish(rng: np.random.Generator, canvas: np.ndarray, style: Look) -> np.ndar
         image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.4, 1.4)) * width / 192))
     if rng.random() < 0.15 * style.artefacts:
         ratio = rng.uniform(0.45, 0.9)
-        image = image.resize((int(width * ratio), int(height * ratio)), Image.Resampling.BILINEAR).resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((int(width * ratio), int(height * ratio)), Image.Resampling.BILINEAR).resize(
+            (width, height), Image.Resampling.BILINEAR
+        )
     if rng.random() < 0.35 * style.artefacts:
         store = io.BytesIO()
         image.save(store, "JPEG", quality=int(rng.integers(25, 90)))

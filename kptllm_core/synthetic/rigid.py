@@ -1,148 +1,12 @@
-"""Rigid things: cuboids composed into furniture and vehicles, tools lying flat, printed panels.
-
-Frame: front is +z, up is +y. Left and right are the thing's own, as for somebody who sits in it: left is +x.
-"""
+"""Vehicles, tools that lie flat, printed panels and parts. Left and right are the thing's own; frame as in `furniture`."""
 
 from __future__ import annotations
-
-from itertools import product
 
 import numpy as np
 
 from kptllm_core.synthetic.figures import sample_paint, vary
+from kptllm_core.synthetic.furniture import box
 from kptllm_core.synthetic.solids import Detail, Model, Paint, Plate, Template, View
-
-_FACES = (  # axis, sign
-    (0, -1), (0, 1), (1, -1), (1, 1), (2, -1), (2, 1),
-)  # fmt: skip
-
-
-def box(m: Model, low: object, high: object, paint: Paint, pattern: tuple[str, int] | None = None) -> dict[tuple[int, int, int], tuple[np.ndarray, tuple[int, ...]]]:
-    """Add a cuboid; return for each corner (signs of x, y, z) its place and the faces that meet there."""
-    lo, hi = np.minimum(low, high).astype(float), np.maximum(low, high).astype(float)
-    group = len(m.boxes)
-    m.boxes.append(np.stack([lo, hi]))
-    middle, half = (lo + hi) / 2, (hi - lo) / 2
-    faces = {}
-    for axis, sign in _FACES:
-        a, b = (k for k in range(3) if k != axis)
-        normal = np.zeros(3)
-        normal[axis] = sign
-        corners = np.zeros((4, 3))
-        corners[:, axis] = sign
-        corners[:, a], corners[:, b] = (-1, 1, 1, -1), (-1, -1, 1, 1)
-        details = []
-        if pattern is not None and half[a] > 0.05 and half[b] > 0.05:
-            details = _pattern(pattern, corners, a, b, middle, half)
-        faces[axis, sign] = m.plate(middle + corners * half, paint, normal=tuple(normal), group=group, details=details)
-    return {c: (middle + np.array(c) * half, tuple(faces[k, c[k]] for k in range(3))) for c in product((-1, 1), repeat=3)}  # type: ignore[misc]
-
-
-def _pattern(pattern: tuple[str, int], corners: np.ndarray, a: int, b: int, middle: np.ndarray, half: np.ndarray) -> list[Detail]:
-    """Boards, a frame or a cross on one face."""
-    kind, colour = pattern
-
-    def line(p: tuple[float, float], q: tuple[float, float]) -> np.ndarray:
-        ends = np.repeat(corners[:1], 2, 0)
-        ends[:, a], ends[:, b] = (p[0], q[0]), (p[1], q[1])
-        return middle + ends * half
-
-    if kind == "boards":
-        return [Detail(line((s, -1), (s, 1)), colour, 0.012) for s in (-0.5, 0.0, 0.5)]
-    if kind == "frame":
-        ring = corners.copy()
-        ring[:, [a, b]] *= 0.75
-        return [Detail(middle + ring * half, colour)]
-    return [Detail(line((-1, -1), (1, 1)), colour, 0.015), Detail(line((-1, 1), (1, -1)), colour, 0.015)]
-
-
-def composite(rng: np.random.Generator) -> Template:
-    """Furniture: chair, table, bench, shelf, bed; or a crate; or a random pile of cuboids."""
-    kind = ("chair", "chair", "table", "shelf", "bed", "box", "blocks")[int(rng.integers(7))]
-    u = rng.uniform
-    wide, deep, tall, thick = u(0.45, 1.1), u(0.4, 0.9), u(0.3, 0.9), u(0.03, 0.1)
-    back, arms, mark = u(0.3, 0.9), rng.random() < 0.3, int(rng.choice([0, 1, 2]))
-    patterns = [None if rng.random() < 0.5 else (("boards", "frame", "cross")[int(rng.integers(3))], int(rng.integers(6))) for _ in range(3)]
-    colours = [Paint(int(c)) for c in rng.integers(0, 6, 5)]
-    piles = [(rng.uniform(-0.5, 0.5, 2), rng.uniform(0.15, 0.45, 3), Paint(int(rng.integers(8)))) for _ in range(int(rng.integers(2, 5)))]
-    leg_wide = u(0.02, 0.06)
-
-    def build(r: np.random.Generator) -> Model:
-        m = Model()
-        w, d, t = wide * vary(r, 1, 0.12) / 2, deep * vary(r, 1, 0.12) / 2, tall * vary(r, 1, 0.12)
-        corners = (("left", "front", 1, 1), ("right", "front", -1, 1), ("left", "back", 1, -1), ("right", "back", -1, -1))
-        if kind == "blocks":
-            level = 0.0
-            for number, (at, size, paint) in enumerate(piles, 1):
-                half = size * np.exp(np.clip(r.normal(0, 0.1, 3), -0.2, 0.2)) / 2
-                at3 = np.array([at[0] * 0.4, level + half[1], at[1] * 0.4])
-                place = box(m, at3 - half, at3 + half, paint, patterns[number % 3])
-                level += 2 * half[1]
-                for side, end, x, z in corners:
-                    if end == "front" or number == len(piles):
-                        m.point(f"block_{number}_top_{end}_{side}", place[x, 1, z][0], *place[x, 1, z][1])
-                    if end == "front":
-                        m.point(f"block_{number}_bottom_{end}_{side}", place[x, -1, z][0], *place[x, -1, z][1])
-                m.link(f"block_{number}_top_front_left", f"block_{number}_top_front_right", f"block_{number}_bottom_front_right", f"block_{number}_bottom_front_left", f"block_{number}_top_front_left")
-            return m
-        if kind == "box":
-            place = box(m, (-w, 0, -d), (w, t, d), colours[0], patterns[0])
-            x0, y0 = w * (0.3 if mark else -0.5), t * 0.55
-            label = np.array([[x0 - w * 0.35, y0, d], [x0 + w * 0.35, y0, d], [x0 + w * 0.35, y0 + t * 0.25, d], [x0 - w * 0.35, y0 + t * 0.25, d]])
-            front = next(p for p in m.parts if isinstance(p, Plate) and p.normal == (0.0, 0.0, 1.0))
-            front.details.append(Detail(label, 3))
-            for side, end, x, z in corners:
-                for height, y in (("top", 1), ("bottom", -1)):
-                    m.point(f"{height}_{end}_{side}_corner", place[x, y, z][0], *place[x, y, z][1])
-            m.point("label_center", label.mean(0), m.parts.index(front))
-        elif kind == "shelf":
-            boards = int(2 + mark)
-            high = t * 2
-            for side, x in (("left", 1), ("right", -1)):
-                place = box(m, (x * w, 0, -d / 2), (x * (w + thick), high, d / 2), colours[0], patterns[0])
-                for name, y, z in (("top_front", 1, 1), ("bottom_front", -1, 1), ("top_back", 1, -1)):
-                    m.point(f"{side}_{name}", place[x, y, z][0], *place[x, y, z][1])
-            for k in range(boards + 1):
-                y = high * k / boards - (thick if k == boards else 0)
-                place = box(m, (-w, y, -d / 2), (w, y + thick, d / 2), colours[1 + k % 2], None)
-                for side, x in (("left", 1), ("right", -1)):
-                    m.point(f"board_{k + 1}_{side}_end", place[x, 1, 1][0], *place[x, 1, 1][1])
-                m.link(f"board_{k + 1}_left_end", f"board_{k + 1}_right_end")
-            m.link("left_top_front", "left_bottom_front")
-            m.link("right_top_front", "right_bottom_front")
-        else:
-            seat = "seat" if kind == "chair" else "mattress" if kind == "bed" else "top"
-            height = t * (0.45 if kind == "bed" else 1.0)
-            for side, end, x, z in corners:
-                foot = np.array([x * (w - leg_wide), 0, z * (d - leg_wide)])
-                place = box(m, foot - (leg_wide, 0, leg_wide), foot + (leg_wide, height, leg_wide), colours[1])
-                seen = tuple(f for c in product((-1, 1), repeat=2) for f in place[c[0], -1, c[1]][1])
-                m.point(f"{end}_{side}_leg_end", foot, *seen)
-            place = box(m, (-w, height, -d), (w, height + thick * (2 if kind == "bed" else 1), d), colours[0], patterns[0])
-            for side, end, x, z in corners:
-                m.point(f"{seat}_{end}_{side}_corner", place[x, 1, z][0], *place[x, 1, z][1])
-                m.link(f"{seat}_{end}_{side}_corner", f"{end}_{side}_leg_end")
-            m.link(*(f"{seat}_{end}_{side}_corner" for end, side in (("front", "left"), ("front", "right"), ("back", "right"), ("back", "left"), ("front", "left"))))
-            if kind in ("chair", "bed"):
-                rise = back * vary(r, 1, 0.12) * (0.5 if kind == "bed" else 1.0)
-                low = height + thick * (2 if kind == "bed" else 1)
-                rest = box(m, (-w, low, -d), (w, low + rise, -d + thick), colours[2], patterns[1])
-                for side, x in (("left", 1), ("right", -1)):
-                    m.point(f"back_top_{side}_corner", rest[x, 1, 1][0], *rest[x, 1, 1][1])
-                    m.link(f"back_top_{side}_corner", f"{seat}_back_{side}_corner")
-                m.link("back_top_left_corner", "back_top_right_corner")
-                if arms and kind == "chair":
-                    for side, x in (("left", 1), ("right", -1)):
-                        arm = box(m, (x * w, low + rise * 0.35, -d + thick), (x * (w - thick), low + rise * 0.35 + thick, d * 0.9), colours[3])
-                        m.point(f"{side}_arm_front", arm[x, 1, 1][0], *arm[x, 1, 1][1])
-            else:  # a runner across the table, so that front and back differ
-                y = height + thick
-                top = next(p for p in m.parts[::-1] if isinstance(p, Plate) and p.normal == (0.0, 1.0, 0.0))
-                top.details.append(Detail(np.array([[-w, y, d * 0.9], [w, y, d * 0.9], [w, y, d * 0.45], [-w, y, d * 0.45]]), 4))
-        return m
-
-    side = float(rng.choice([-1, 1])) * 25.0
-    return Template(kind, build, View((side, -side) if rng.random() < 0.5 else (side,), 28.0, 24.0, 14.0, any_roll=0.05, roll_spread=6.0))
 
 
 def vehicle(rng: np.random.Generator) -> Template:
@@ -150,13 +14,28 @@ def vehicle(rng: np.random.Generator) -> Template:
     kind = ("car", "car", "van", "truck", "bus")[int(rng.integers(5))]
     u = rng.uniform
     length, width, body, cabin, wheel = u(1.5, 2.4), u(0.65, 0.9), u(0.28, 0.45), u(0.25, 0.5), u(0.15, 0.24)
-    start, end = {"car": (u(-0.75, -0.5), u(0.1, 0.35)), "van": (-1.0, u(0.4, 0.7)), "bus": (-1.0, 1.0), "truck": (u(0.3, 0.5), 1.0)}[kind]
-    slope, glass, paint, roof = u(0.0, 0.14) if kind != "bus" else 0.0, 5, sample_paint(rng, 0, 0.0), Paint(int(rng.choice([0, 2])))
+    start, end = {
+        "car": (u(-0.75, -0.5), u(0.1, 0.35)),
+        "van": (-1.0, u(0.4, 0.7)),
+        "bus": (-1.0, 1.0),
+        "truck": (u(0.3, 0.5), 1.0),
+    }[kind]
+    slope, glass, paint, roof = (
+        u(0.0, 0.14) if kind != "bus" else 0.0,
+        5,
+        sample_paint(rng, 0, 0.0),
+        Paint(int(rng.choice([0, 2]))),
+    )
     bed = kind == "truck"
 
     def build(r: np.random.Generator) -> Model:
         m = Model()
-        half, w, high, top = length * vary(r, 1, 0.08) / 2, width * vary(r, 1, 0.06) / 2, body * vary(r, 1, 0.1), cabin * vary(r, 1, 0.1)
+        half, w, high, top = (
+            length * vary(r, 1, 0.08) / 2,
+            width * vary(r, 1, 0.06) / 2,
+            body * vary(r, 1, 0.1),
+            cabin * vary(r, 1, 0.1),
+        )
         low = wheel * 0.8
         main = box(m, (-w, low, -half), (w, low + high, half), paint)
         lights = m.parts[5]
@@ -165,14 +44,30 @@ def vehicle(rng: np.random.Generator) -> Template:
         assert isinstance(rear, Plate)
         y = low + high * 0.62
         for side, x in (("left", 1), ("right", -1)):
-            square = np.array([[-0.14, -0.12, 0], [0.14, -0.12, 0], [0.14, 0.12, 0], [-0.14, 0.12, 0]]) * (w * 1.3, high * 1.2, 1)
+            square = np.array([[-0.14, -0.12, 0], [0.14, -0.12, 0], [0.14, 0.12, 0], [-0.14, 0.12, 0]]) * (
+                w * 1.3,
+                high * 1.2,
+                1,
+            )
             lights.details.append(Detail(square + (x * w * 0.72, y, half), 4))
             rear.details.append(Detail(square * (0.8, 1.2, 1) + (x * w * 0.78, y, -half), 7))
             m.point(f"{side}_headlight", (x * w * 0.72, y, half), 5)
             m.point(f"{side}_taillight", (x * w * 0.78, y, -half), 4)
             m.point(f"{side}_front_bumper_corner", main[x, -1, 1][0], *main[x, -1, 1][1])
             m.point(f"{side}_back_bumper_corner", main[x, -1, -1][0], *main[x, -1, -1][1])
-        lights.details.append(Detail(np.array([[-w * 0.45, y - high * 0.2, half], [w * 0.45, y - high * 0.2, half], [w * 0.45, y + high * 0.08, half], [-w * 0.45, y + high * 0.08, half]]), 5))
+        lights.details.append(
+            Detail(
+                np.array(
+                    [
+                        [-w * 0.45, y - high * 0.2, half],
+                        [w * 0.45, y - high * 0.2, half],
+                        [w * 0.45, y + high * 0.08, half],
+                        [-w * 0.45, y + high * 0.08, half],
+                    ]
+                ),
+                5,
+            )
+        )
         z0, z1 = start * half, end * half
         inside = 0.92 * w
         roof_box = box(m, (-inside, low + high, z0), (inside, low + high + top, z1), roof)
@@ -195,12 +90,14 @@ def vehicle(rng: np.random.Generator) -> Template:
         around = np.linspace(0, 2 * np.pi, 17)[:-1]
         circle = np.stack([np.zeros(16), np.sin(around), np.cos(around)], 1)
         for side, x in (("left", 1), ("right", -1)):
-            for name, z in (("front", 0.62), ("back", -0.6)):
-                hub = np.array([x * (w + 0.02), wheel, z * half])
+            for name, along in (("front", 0.62), ("back", -0.6)):
+                hub = np.array([x * (w + 0.02), wheel, along * half])
                 m.boxes.append(np.stack([hub - (0.015, wheel, wheel), hub + (0.015, wheel, wheel)]))
                 details = [Detail(hub + circle * wheel * 0.58, 6), Detail(hub + circle * wheel * 0.18, 5)]
-                plate = m.plate(hub + circle * wheel, Paint(5), normal=(x, 0.0, 0.0), group=len(m.boxes) - 1, details=details)
-                m.point(f"{side}_{name}_wheel", hub, plate)
+                wheel_id = m.plate(
+                    hub + circle * wheel, Paint(5), normal=(x, 0.0, 0.0), group=len(m.boxes) - 1, details=details
+                )
+                m.point(f"{side}_{name}_wheel", hub, wheel_id)
                 m.link(f"{side}_{name}_wheel", f"{side}_{name}_bumper_corner")
             m.link(f"{side}_front_wheel", f"{side}_back_wheel")
             m.link(f"{side}_headlight", f"{side}_front_roof_corner", f"{side}_back_roof_corner", f"{side}_taillight")
@@ -227,7 +124,12 @@ def tool(rng: np.random.Generator) -> Template:
         curve = bend * vary(r, 1, 0.3)
         spine = np.stack([curve * np.sin(t * np.pi), (t - 0.5) * size, 0 * t], 1)
         stop = 0.68 if kind in ("bottle", "tube", "knife", "brush") else 1.0
-        body = m.tube(spine[t <= stop + 0.05], (profile * fat * (2.0 if kind in ("bottle", "tube") else 1.0))[t <= stop + 0.05], handle, up=(1, 0, 0))
+        body = m.tube(
+            spine[t <= stop + 0.05],
+            (profile * fat * (2.0 if kind in ("bottle", "tube") else 1.0))[t <= stop + 0.05],
+            handle,
+            up=(1, 0, 0),
+        )
         top, low = spine[-1], spine[0]
         m.point("handle_end" if kind not in ("bottle", "tube") else "bottom_end", low, body)
         m.point("handle_middle" if kind not in ("bottle", "tube") else "body_middle", spine[3], body)
@@ -236,11 +138,33 @@ def tool(rng: np.random.Generator) -> Template:
             neck = spine[5]
             widths = {"bottle": (0.6, 0.5), "tube": (0.9, 0.35), "brush": (1.6, 2.0), "knife": (1.3, 0.25)}[kind]
             end = neck + (top - neck) * (1 + 0.4 * h)
-            part = m.tube([neck, (neck + end) / 2, end], np.array([widths[0], sum(widths) / 1.8, widths[1]]) * fat, end_paint, up=(1, 0, 0), lift=0.02)
-            names = {"bottle": ("neck", "cap_end"), "tube": ("cap_base", "cap_end"), "brush": ("bristles_base", "bristles_end"), "knife": ("blade_base", "blade_tip")}[kind]
+            part = m.tube(
+                [neck, (neck + end) / 2, end],
+                np.array([widths[0], sum(widths) / 1.8, widths[1]]) * fat,
+                end_paint,
+                up=(1, 0, 0),
+                lift=0.02,
+            )
+            names = {
+                "bottle": ("neck", "cap_end"),
+                "tube": ("cap_base", "cap_end"),
+                "brush": ("bristles_base", "bristles_end"),
+                "knife": ("blade_base", "blade_tip"),
+            }[kind]
             m.point(names[0], neck, body, part)
             m.point(names[1], end, part)
-            side = np.array([widths[1] * fat if kind == "brush" else profile[3] * fat * (2.0 if kind in ("bottle", "tube") else 1.0), 0, 0]) * 0.9
+            side = (
+                np.array(
+                    [
+                        widths[1] * fat
+                        if kind == "brush"
+                        else profile[3] * fat * (2.0 if kind in ("bottle", "tube") else 1.0),
+                        0,
+                        0,
+                    ]
+                )
+                * 0.9
+            )
             where, part_id = (end, part) if kind == "brush" else (spine[3], body)
             m.point("right_side", where + side, part_id)
             m.point("left_side", where - side, part_id)
@@ -259,8 +183,7 @@ def tool(rng: np.random.Generator) -> Template:
                 m.point(name, way, part)
             m.points["joint"] = (top, (body, part, part - 1))
             m.point("hole", low + (0, 0.06, 0), m.ball(low + (0, 0.06, 0), fat * 0.5, Paint(5), lift=0.1))
-        names = list(m.points)
-        m.link(*names[:4])
+        m.link(*list(m.points)[:4])
         return m
 
     return Template(kind, build, View((0.0,), 30.0, 0.0, 30.0, any_roll=0.6, roll_spread=30.0))
@@ -281,7 +204,9 @@ def panel(rng: np.random.Generator) -> Template:
     def build(r: np.random.Generator) -> Model:
         m = Model()
         if kind == "part":
-            points = outline * np.exp(np.clip(r.normal(0, 0.07, (corners, 1)), -0.15, 0.15)) * (1.0, vary(r, 1, 0.08), 1.0)
+            points = (
+                outline * np.exp(np.clip(r.normal(0, 0.07, (corners, 1)), -0.15, 0.15)) * (1.0, vary(r, 1, 0.08), 1.0)
+            )
             m.plate(points, paint)
             around = np.linspace(0, 2 * np.pi, 13)[:-1]
             for number, centre in enumerate(holes, 1):
@@ -305,9 +230,16 @@ def panel(rng: np.random.Generator) -> Template:
                 s = 2 * k / cells - 1
                 plate.details.append(Detail(np.array([[s * w, -h, 0], [s * w, h, 0]]), 1, 0.012))
                 plate.details.append(Detail(np.array([[-w, s * h, 0], [w, s * h, 0]]), 1, 0.012))
-            plate.details.append(Detail(np.array([[-w, h, 0], [w, h, 0], [w, h * (1 - 2 / cells), 0], [-w, h * (1 - 2 / cells), 0]]), 2))
+            plate.details.append(
+                Detail(np.array([[-w, h, 0], [w, h, 0], [w, h * (1 - 2 / cells), 0], [-w, h * (1 - 2 / cells), 0]]), 2)
+            )
             s = 1 - 2 / cells
-            for name, x, y in (("top_left_inner", -s, s), ("top_right_inner", s, s), ("bottom_right_inner", s, -s), ("bottom_left_inner", -s, -s)):
+            for name, x, y in (
+                ("top_left_inner", -s, s),
+                ("top_right_inner", s, s),
+                ("bottom_right_inner", s, -s),
+                ("bottom_left_inner", -s, -s),
+            ):
                 m.point(f"{name}_crossing", (x * w, y * h, 0), 0)
         else:
             for number, height in enumerate(sorted(bars, reverse=True), 1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -96,7 +97,7 @@ class Model:
         self.points[name] = (np.asarray(xyz, np.float64), seen_on)
 
     def link(self, *names: str) -> None:
-        self.links.extend(zip(names, names[1:], strict=False))
+        self.links.extend(pairwise(names))
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,9 @@ def _outline(centre: np.ndarray, width: np.ndarray, normal: np.ndarray, tangent:
     return np.concatenate([centre + side, end, (centre - side)[::-1], start])
 
 
-def _mark(mark: Mark, stations: np.ndarray, centre: np.ndarray, normal: np.ndarray, tangent: np.ndarray, width: np.ndarray) -> np.ndarray:
+def _mark(
+    mark: Mark, stations: np.ndarray, centre: np.ndarray, normal: np.ndarray, tangent: np.ndarray, width: np.ndarray
+) -> np.ndarray:
     def at(t: np.ndarray, s: np.ndarray) -> np.ndarray:
         spot = np.stack([np.interp(t, stations, centre[:, k]) for k in (0, 1)], -1)
         across = np.stack([np.interp(t, stations, normal[:, k] * width) for k in (0, 1)], -1)
