@@ -40,7 +40,7 @@ class Core:
     jobs: JobQueue
     model: str = "nano"
     device: str = "auto"
-    token: str = ""
+    token: str = field(default="", repr=False)
     metrics: Metrics = field(default_factory=lambda: Metrics())
 
 
@@ -205,7 +205,7 @@ def json_body(limit: int = MAX_JSON_BYTES) -> Any:
 
 def check_token(header: str, token: str) -> None:
     """Unauthorized unless the header is `Bearer <token>`; takes the same time wherever it differs."""
-    if not hmac.compare_digest(header.encode("utf-8", "surrogateescape"), f"Bearer {token}".encode()):
+    if not hmac.compare_digest(header.encode("latin-1", "replace"), f"Bearer {token}".encode()):
         raise Unauthorized("This core wants the header Authorization: Bearer <CORE_TOKEN>. Give its clients the same CORE_TOKEN.")
 
 

@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= args.threads <= 1000 or args.images_gb <= 0 or not 0 <= args.port < 65536:
         raise InvalidInput("--threads is 1…1000, --images-gb more than 0 and --port 0…65535.")
     token = os.environ.get("CORE_TOKEN", "")
+    if not re.fullmatch(r"[!-~]*", token):
+        raise InvalidInput("CORE_TOKEN holds spaces or characters beyond ASCII, which no header carries. Choose letters, digits and signs.")
     if not token and args.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("Anybody who reaches %s:%d may use this core. Set CORE_TOKEN here and in the backend.", args.host, args.port)
     model = str(folder.resolve()) if (folder := Path(args.model)).is_dir() else args.model

@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from flask.testing import FlaskClient
+from jsonschema import Draft202012Validator
+from PIL import Image
+
+from kptllm_core import routes
+from kptllm_core.routes import Core, create_app
+from tests.core_process import TimedPredictor, core_on
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMA = {"names": ["nose", "tail"]}
+OPENAPI = json.loads((ROOT / "kptllm_core" / "openapi.json").read_text())
+
+
+def picture(level: int = 100, size: tuple[int, int] = (8, 6)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (level, level, level)).save(file, "PNG")
+    return file.getvalue()
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def labelled(data: bytes, **changes: Any) -> dict[str, Any]:
+    return {"image": sha(data), "keypoints": {"names": ["nose", "tail"], "xy": [[1, 2], [3, 4]], "visibility": [2, 2]}, **changes}
+
+
+def upload(client: FlaskClient, *images: bytes) -> None:
+    for data in images:
+        assert client.put(f"/images/{sha(data)}", data=data).status_code == 201
+
+
+def conforms(answer: Any, schema: str) -> None:
+    Draft202012Validator({"$ref": f"#/components/schemas/{schema}", "components": OPENAPI["components"]}).validate(answer)
+
+
+@pytest.fixture
+def predictor() -> TimedPredictor:
+    return TimedPredictor()
+
+
+@pytest.fixture
+def core(tmp_path: Path, predictor: TimedPredictor) -> Core:
+    made = core_on(tmp_path, predictor)
+    made.engine.load()
+    return made
+
+
+@pytest.fixture
+def client(core: Core) -> FlaskClient:
+    return create_app(core).test_client()
+
+
+def test_the_description_has_every_route_and_no_other(client: FlaskClient) -> None:
+    served = {(re.sub(r"<(\w+)>", r"{\1}", rule.rule), method.lower(), rule.endpoint)
+              for rule in client.application.url_map.iter_rules() for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}}  # fmt: skip
+    described = {(path, method, entry["operationId"]) for path, entries in OPENAPI["paths"].items() for method, entry in entries.items()}
+    assert served == described
+    assert client.get("/openapi.json").get_json() == OPENAPI
+    for schema in OPENAPI["components"]["schemas"].values():
+        Draft202012Validator.check_schema(schema)
+
+
+def test_health_while_loading_and_after(tmp_path: Path, predictor: TimedPredictor) -> None:
+    core = core_on(tmp_path, predictor)
+    client = create_app(core).test_client()
+    answer = client.get("/health").get_json()
+    assert answer == {"status": "LOADING", "base": None, "device": "cpu", "training": None, "queue": 0, "waiting": 0}
+    refused = client.post("/predict", json={"schema": SCHEMA, "queries": []})
+    assert refused.status_code == 503 and refused.get_json()["error"]["code"] == "loading" and refused.headers["Retry-After"]
+    core.engine.load()
+    answer = client.get("/health").get_json()
+    conforms(answer, "Health")
+    assert answer["status"] == "UP" and answer["base"] == "timed-00000000"
+
+
+def test_images_are_stored_by_their_hash(client: FlaskClient, core: Core) -> None:
+    one, two = picture(1), picture(2)
+    upload(client, one, one)
+    assert client.post("/images/missing", json={"images": [sha(two), sha(one)]}).get_json() == {"missing": [sha(two)]}
+    wrong = client.put(f"/images/{sha(two)}", data=one)
+    assert wrong.status_code == 400 and wrong.get_json()["error"]["code"] == "invalid_input"
+    assert client.put("/images/..%2f..%2fetc", data=one).status_code in (400, 404)
+    core.images.max_image_bytes = 10
+    large = client.put(f"/images/{sha(two)}", data=two)
+    assert large.status_code == 413 and "at most 10" in large.get_json()["error"]["message"]
+    assert len(core.images) == 1
+
+
+def test_one_result_per_query_and_errors_stay_with_theirs(client: FlaskClient) -> None:
+    good, broken, other = picture(10), b"no image at all", picture(20)
+    upload(client, good, broken, other)
+    queries = [{"image": sha(good)}, {"image": sha(broken)}, {"image": sha(other), "box": [1, 1, 4, 4], "fixed": None},
+               {"image": sha(good), "box": [1, 1, -4, 4]}]  # fmt: skip
+    answer = client.post("/predict", json={"schema": SCHEMA, "prompt": "text", "queries": queries}).get_json()
+    conforms(answer, "PredictResponse")
+    first, second, third, fourth = answer["results"]
+    assert first["keypoints"]["xy"] == [[10, 10], [11, 11]] and first["size"] == [8, 6]
+    assert second["error"]["code"] == "image" and "Not an image" in second["error"]["message"]
+    assert third["keypoints"]["xy"] == [[20, 20], [21, 21]]
+    assert fourth["error"]["code"] == "invalid_input" and "queries[3].box" in fourth["error"]["message"]
+    assert client.post("/predict", json={"schema": SCHEMA, "queries": []}).get_json()["results"] == []
+
+
+def test_missing_images_are_named_once_and_then_it_works(client: FlaskClient, tmp_path: Path) -> None:
+    here, missing = picture(1), picture(2)
+    upload(client, here)
+    body = {"schema": SCHEMA, "queries": [{"image": sha(m)} for m in (missing, here, missing)]}
+    answer = client.post("/predict", json=body)
+    assert answer.status_code == 409
+    assert answer.get_json()["error"]["code"] == "missing_images" and answer.get_json()["error"]["missing"] == [sha(missing)]
+    conforms(answer.get_json(), "Error")
+    upload(client, missing)
+    assert client.post("/predict", json=body).status_code == 200
+    third = picture(3)
+    upload(client, third)
+    (tmp_path / "images" / sha(third)[:2] / sha(third)).write_bytes(b"rotten")
+    damaged = client.post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(third)}]})
+    assert damaged.status_code == 409 and damaged.get_json()["error"]["missing"] == [sha(third)]
+
+
+def test_a_batch_that_fails_is_tried_one_by_one(client: FlaskClient, predictor: TimedPredictor) -> None:
+    def trouble(images: list[np.ndarray]) -> None:
+        if any(image.mean() == 13 for image in images):
+            raise ZeroDivisionError("secret detail")
+        if any(image.mean() == 14 for image in images) or len(images) > 2:
+            raise MemoryError
+
+    predictor.trouble = trouble
+    data = [picture(level) for level in (11, 12, 13, 14)]
+    upload(client, *data)
+    answer = client.post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(d)} for d in data]}).get_json()
+    assert [r.get("error", {}).get("code") for r in answer["results"]] == [None, None, "internal", "out_of_memory"]
+    assert "secret" not in json.dumps(answer) and predictor.batches == [4, 1, 1, 1, 1]
+
+
+def test_large_requests_are_cut_into_batches(client: FlaskClient, predictor: TimedPredictor) -> None:
+    data = picture(1)
+    upload(client, data)
+    answer = client.post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(data)}] * 19}).get_json()
+    assert len(answer["results"]) == 19 and predictor.batches == [8, 8, 3]
+
+
+def test_adapters_switch_only_when_needed_and_a_bad_one_is_refused(client: FlaskClient, core: Core, predictor: TimedPredictor) -> None:
+    data = picture(1)
+    upload(client, data)
+    for name in ("a+p1+r1", "b"):
+        (core.adapters.folder / name).mkdir()
+        (core.adapters.folder / name / "adapter.json").write_text('{"base": "timed-00000000"}')
+    (core.adapters.folder / "damaged").mkdir()
+
+    def ask(adapter: str | None) -> tuple[int, Any]:
+        answer = client.post("/predict", json={"schema": SCHEMA, "adapter": adapter, "queries": [{"image": sha(data)}]})
+        return answer.status_code, answer.get_json()
+
+    assert [ask(a)[0] for a in (None, None, "a+p1+r1", "a+p1+r1", "b", None)] == [200] * 6
+    assert predictor.switched == ["a+p1+r1", "b", None]
+    for name, says in (("damaged", "is damaged"), ("unknown", "Known: a+p1+r1, b")):
+        status, body = ask(name)
+        assert status == 409 and body["error"]["code"] == "artifact" and says in body["error"]["message"]
+    assert ask(None)[0] == 200 and predictor.switched[-1] is None
+    listed = client.get("/adapters").get_json()["adapters"]
+    assert {a["name"] for a in listed} == {"a+p1+r1", "b", "damaged"} and {a["base"] for a in listed} == {"timed-00000000", None}
+    assert client.delete("/adapters/a%2Bp1%2Br1").get_json() == {"deleted": "a+p1+r1"}
+    assert client.delete("/adapters/a%2Bp1%2Br1").status_code == 404
+    assert client.delete("/adapters/..").status_code in (400, 404)
+
+
+def test_naming(client: FlaskClient) -> None:
+    data = picture(1)
+    upload(client, data)
+    answer = client.post("/name", json={"image": sha(data), "xy": [[1, 1], [2, 2]]})
+    assert answer.get_json() == {"names": [{"name": "nose", "score": 0.5}] * 2}
+    assert client.post("/name", json={"image": sha(picture(9)), "xy": [[1, 1]]}).get_json()["error"]["code"] == "missing_images"
+
+
+def test_rounds_are_queued_once_and_can_be_cancelled(client: FlaskClient) -> None:
+    train, heldout = picture(1), picture(2)
+    body = {"name": "timed+p1+r1", "schema": SCHEMA, "train": [labelled(train, group="g")], "heldout": [labelled(heldout)], "seconds": 5}
+    assert client.post("/rounds", json=body).get_json()["error"]["code"] == "missing_images"
+    upload(client, train, heldout)
+    answer = client.post("/rounds", json=body)
+    job = answer.get_json()
+    conforms(job, "Job")
+    assert answer.status_code == 202 and job["state"] == "queued" and client.get("/health").get_json()["queue"] == 1
+    assert client.post("/rounds", json={**body, "seed": 0}).get_json()["job"] == job["job"]
+    conflict = client.post("/rounds", json={**body, "seed": 1})
+    assert conflict.status_code == 409 and conflict.get_json()["error"]["code"] == "conflict"
+    orphan = client.post("/rounds", json={**body, "name": "x", "parent": "unknown"})
+    assert orphan.status_code == 409 and orphan.get_json()["error"]["code"] == "artifact"
+    cancelled = client.delete(f"/rounds/{job['job']}").get_json()
+    assert cancelled["state"] == "cancelled" == client.get(f"/rounds/{job['job']}").get_json()["state"]
+    assert client.get("/rounds/nonsense").status_code == 404
+
+
+def test_wrong_requests_get_json_errors_and_no_traceback(client: FlaskClient, core: Core, caplog: pytest.LogCaptureFixture) -> None:
+    def error(answer: Any, status: int) -> str:
+        assert answer.status_code == status, answer.get_data()
+        conforms(answer.get_json(), "Error")
+        return str(answer.get_json()["error"]["code"])
+
+    assert error(client.get("/nowhere"), 404) == "not_found"
+    assert error(client.get("//health"), 404) == "not_found"
+    assert error(client.post("/health"), 405) == "method_not_allowed"
+    assert error(client.post("/predict", data="{}"), 400) == "invalid_input"
+    assert error(client.post("/predict", data=b"[" * 200_000, content_type="application/json"), 400) == "invalid_input"
+    assert error(client.post("/predict", data=b'{"schema": NaN}', content_type="application/json"), 400) == "invalid_input"
+    assert error(client.post("/predict", json=[]), 400) == "invalid_input"
+    assert error(client.post("/predict", json={"schema": {"names": []}, "queries": []}), 400) == "schema"
+    assert error(client.post("/predict", json={"schema": SCHEMA, "queries": [{}] * 1001}), 413) == "too_large"
+    assert error(client.post("/images/missing", json={"images": 3}), 400) == "invalid_input"
+    big = b" " * (routes.MAX_JSON_BYTES + 1)
+    assert error(client.post("/predict", data=big, content_type="application/json"), 413) == "too_large"
+    with caplog.at_level(logging.ERROR):
+        core.images.missing = None  # type: ignore[assignment, method-assign]
+        answer = client.post("/images/missing", json={"images": []})
+    assert error(answer, 500) == "internal" and b"Traceback" not in answer.data and b"NoneType" not in answer.data
+    assert "NoneType" in caplog.text
+
+
+def test_a_token_opens_all_and_only_health_goes_without(core: Core, caplog: pytest.LogCaptureFixture) -> None:
+    core.token = "canary"
+    client = create_app(core).test_client()
+    with caplog.at_level(logging.DEBUG):
+        assert client.get("/health").status_code == 200
+        for path in ("/metrics", "/openapi.json", "/adapters", "/nowhere"):
+            for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "canary"}, {"Authorization": "Bearer ünrecht"}):
+                answer = client.get(path, headers=header)
+                assert answer.status_code == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
+                assert "canary" not in answer.get_data(as_text=True)
+        assert client.get("/adapters", headers={"Authorization": "Bearer canary"}).status_code == 200
+    assert "canary" not in caplog.text and "canary" not in repr(core)
+
+
+def test_metrics_count(client: FlaskClient) -> None:
+    data = picture(1)
+    upload(client, data)
+    client.post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(data)}, {"image": "x"}]})
+    client.get("/nowhere")
+    text = client.get("/metrics").get_data(as_text=True)
+    for line in ('kptllm_core_requests_total{method="POST",route="/predict",status="200"} 1.0', "kptllm_core_images_predicted_total 1.0",
+                 'kptllm_core_query_errors_total{code="invalid_input"} 1.0', "kptllm_core_queue_length 0.0", "kptllm_core_training_running 0.0",
+                 "kptllm_core_rounds_queued 0.0", 'route="other"', 'kptllm_core_request_seconds_count{route="/predict"} 1.0'):  # fmt: skip
+        assert line in text, line
+
+
+def test_one_at_a_time_on_the_device_a_bounded_queue_and_health_beside_it(tmp_path: Path) -> None:
+    core = core_on(tmp_path, TimedPredictor(0.15), max_waiting=3)
+    core.engine.load()
+    app = create_app(core)
+    data = picture(1)
+    upload(app.test_client(), data)
+
+    def ask(_: int) -> tuple[int, Any]:
+        answer = app.test_client().post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(data)}]})
+        return answer.status_code, answer.get_json()
+
+    with ThreadPoolExecutor(8) as pool:
+        futures = [pool.submit(ask, n) for n in range(8)]
+        time.sleep(0.05)
+        begin = time.perf_counter()
+        assert app.test_client().get("/health").get_json()["waiting"] == 3
+        assert time.perf_counter() - begin < 0.1
+        answers = [f.result() for f in futures]
+    assert sorted(status for status, _ in answers) == [200] * 3 + [503] * 5
+    assert {body["error"]["code"] for status, body in answers if status == 503} == {"busy"}
+    assert core.engine.waiting == 0 and ask(0)[0] == 200
+
+
+def test_who_hung_up_is_not_worked_for(core: Core, predictor: TimedPredictor) -> None:
+    client = create_app(core).test_client()
+    data = picture(1)
+    upload(client, data)
+    calls = iter([False, True])
+    answer = client.post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(data)}] * 16},
+                         environ_overrides={"waitress.client_disconnected": lambda: next(calls)})  # fmt: skip
+    assert answer.status_code == 499 and predictor.batches == [8]
+
+
+class Process:
+    """The server as a process of its own, with the predictor that takes its time."""
+
+    def __init__(self, port: int, folder: Path, seconds: float) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.output = folder / "output.txt"
+        with self.output.open("wb") as file:
+            self.process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "core_process.py"), str(port), str(folder / "data"), str(seconds)],
+                                            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=file, stderr=file)  # fmt: skip
+        self.session = requests.Session()
+        end = time.monotonic() + 20
+        while not self._up():
+            assert time.monotonic() < end and self.process.poll() is None, self.output.read_text()
+            time.sleep(0.05)
+
+    def _up(self) -> bool:
+        try:
+            return bool(self.session.get(f"{self.url}/health", timeout=5).json()["status"] == "UP")
+        except requests.ConnectionError:
+            return False
+
+
+@pytest.fixture
+def slow(tmp_path: Path, port: int) -> Iterator[Process]:
+    server = Process(port, tmp_path, 1.0)
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+def test_over_real_sockets_health_is_instant_and_sigterm_lets_requests_finish(slow: Process) -> None:
+    data = picture(1)
+    put = slow.session.put(f"{slow.url}/images/{sha(data)}", data=iter([data[:20], data[20:]]), timeout=5)  # chunked
+    assert put.status_code == 201
+    too_big = slow.session.put(f"{slow.url}/images/{sha(data)}", data=b"0" * (51 * 2**20), timeout=20)
+    assert too_big.status_code == 413
+    answers: list[requests.Response] = []
+    body = {"schema": SCHEMA, "queries": [{"image": sha(data)}]}
+    threads = [threading.Thread(target=lambda: answers.append(requests.post(f"{slow.url}/predict", json=body, timeout=20))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    begin = time.perf_counter()
+    assert slow.session.get(f"{slow.url}/health", timeout=5).json()["waiting"] == 2
+    assert time.perf_counter() - begin < 0.3
+    slow.process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{slow.url}/health", timeout=5)
+    for thread in threads:
+        thread.join()
+    assert [a.status_code for a in answers] == [200, 200] and slow.process.wait(5) == 0
+    assert "Traceback" not in slow.output.read_text()
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--model", "gigantic"], "Known presets: .*nano"),
+    (["--port", "99999"], "--port 0…65535"),
+    ([], "CORE_TOKEN holds spaces"),
+])  # fmt: skip
+def test_the_command_line_says_what_is_wrong(arguments: list[str], says: str, tmp_path: Path) -> None:
+    token = "" if arguments else "two words"
+    found = subprocess.run([sys.executable, "-m", "kptllm_core", "serve", "--data", str(tmp_path), *arguments],
+                           cwd=ROOT, env={**os.environ, "CORE_TOKEN": token}, capture_output=True, text=True, timeout=30)  # fmt: skip
+    assert found.returncode == 2 and re.search(says, found.stderr) and "Traceback" not in found.stderr
+
+
+def test_a_folder_or_a_port_in_use_is_said(slow: Process, tmp_path: Path) -> None:
+    port = slow.url.rpartition(":")[2]
+    found = subprocess.run([sys.executable, "-m", "kptllm_core", "serve", "--model", "tiny", "--port", port, "--data", str(tmp_path / "other")],
+                           cwd=ROOT, capture_output=True, text=True, timeout=30)  # fmt: skip
+    assert found.returncode == 2 and "Cannot listen on" in found.stderr and "choose another --port" in found.stderr
+
+
+def test_importing_the_server_loads_no_torch() -> None:
+    code = "import sys, kptllm_core.serve; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode == 0
