@@ -1,13 +1,14 @@
 """What the annotator sees: label configs, templates for them, and regions as Label Studio draws them.
 
-    schema.py     label config (XML) → KeypointSchema, tags, thresholds
-    regions.py    KeypointSets in pixels ↔ Label Studio's regions in per cent
-    checks.py     would Label Studio show this prediction as meant?
-    writer.py     KeypointSchema → label config
-    markup.py     reading XML safely
-    templates/    configs to start from: person, face, hand, animal, insect, rigid object, several objects
+    schema.py       label config (XML) → KeypointSchema, tags, thresholds
+    regions.py      KeypointSets in pixels → Label Studio's regions in per cent
+    annotations.py  … and back: what a person drew → KeypointSets
+    checks.py       would Label Studio show this prediction as meant?
+    writer.py       KeypointSchema → label config
+    markup.py       reading XML safely
+    templates/      configs to start from: person, face, hand, animal, insect, rigid object, several objects
 
-Knows nothing of HTTP, of the journal or of the model: no torch, no Flask; of kptllm_core only the value types, geometry and errors.
+Knows nothing of HTTP, of the journal or of the model: no torch, no Flask; of kptllm_core only value types, geometry, errors.
 """
 
 from __future__ import annotations

@@ -1,42 +1,37 @@
 """Keypoints of the model ↔ regions of Label Studio, both ways, exactly.
 
-Writing: `to_regions` (one control), `to_prediction` (a task's whole answer). Reading what people drew: `read_result`, `from_result`,
-`boxes_in`. Positions on the wire are per cent of the EXIF-oriented image, in KeypointSets pixels of the same image.
+Written here: `to_regions` (one control), `to_prediction` (a task's whole answer). What people drew is read in annotations.py:
+`read_result`, `from_result`, `boxes_in`. Positions on the wire are per cent of the EXIF-oriented image, in KeypointSets pixels
+of the same image.
 
 One object with a box control is a rectangle region and its points, which name it in `parentID`; without a box control an image
 holds one object, whose points have no parent. A hidden point carries a second result of the same id: its per-region choice.
-
-Rotating the *view* in Label Studio (`image_rotation`) leaves the coordinates in the unrotated image, so it is not applied here.
 """
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kptllm_core.errors import InvalidInput
-from kptllm_core.geometry import clip_box, clip_to_image, from_percent, to_percent
+from kptllm_core.geometry import clip_box, clip_to_image, to_percent
 from kptllm_core.keypoints import KeypointSet, Visibility
-from label_config.checks import BOXES
+from label_config.annotations import boxes_in as boxes_in
+from label_config.annotations import from_result as from_result
+from label_config.annotations import read_result as read_result
 from label_config.checks import check_prediction as check_prediction
 from label_config.schema import KeypointControl, LabelConfig
 
 POINT_WIDTH = 0.5  # per cent of the image's width
-SAME_PLACE = 1e-3  # per cent: two regions closer than this are one point drawn twice
 Region = dict[str, Any]
 
 
 def random_id() -> str:
     """A region id as Label Studio makes them: ten characters, new at every call (two answers may meet in one annotation)."""
     return uuid.uuid4().hex[:10]
-
-
-# ---------------------------------------------------------------- writing
 
 
 def to_regions(
@@ -135,262 +130,3 @@ def _box_region(control: KeypointControl, points: KeypointSet, label: str | None
     if control.box.type == "rectanglelabels":
         region["value"]["rectanglelabels"] = [label if label in control.box.labels else control.box.labels[0]]
     return region
-
-
-# ---------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class DrawnBox:
-    """A rectangle of a person (or of the task). box: (4,) float64 x, y, w, h, pixels, upright hull if it was rotated."""
-
-    box: np.ndarray
-    region_id: str
-    label: str | None
-    origin: str | None
-
-
-@dataclass(frozen=True)
-class LabelledObject:
-    """The points of one object as a person left them; the tuples follow the order of `keypoints.names`."""
-
-    keypoints: KeypointSet
-    origins: tuple[str | None, ...]  # "manual", "prediction" (accepted as it was), "prediction-changed"; None: no point
-    region_ids: tuple[str | None, ...]
-    box: DrawnBox | None
-
-
-@dataclass(frozen=True)
-class ReadResult:
-    objects: tuple[LabelledObject, ...]
-    boxes: tuple[DrawnBox, ...]  # all boxes of the control, with and without points
-    problems: tuple[str, ...]  # what could not be used, in words; nothing is dropped without an entry here
-
-
-def from_result(
-    control: KeypointControl, result: list[Any], width: int | None = None, height: int | None = None
-) -> list[KeypointSet]:
-    """The objects that a person labelled; see `read_result` for what could not be used."""
-    return [o.keypoints for o in read_result(control, result, width, height).objects]
-
-
-def boxes_in(
-    control: KeypointControl, result: list[Any], width: int | None = None, height: int | None = None
-) -> list[np.ndarray]:
-    """(4,) x, y, w, h in pixels of every box of this control that a person drew."""
-    return [b.box for b in read_result(control, result, width, height).boxes]
-
-
-def read_result(
-    control: KeypointControl, result: list[Any], width: int | None = None, height: int | None = None
-) -> ReadResult:
-    """Regions of an annotation (or of an interactive context) → objects in pixels.
-
-    width, height: of the image as it was loaded; without them the regions' own original_width/height serve.
-    A point belongs to the region its parentID leads to, else to the one box that holds it, else to the image's only object.
-    A label that is left twice in one object, or a point that lies in several boxes, is reported and not used.
-    """
-    if not isinstance(result, list):
-        raise InvalidInput(f"An annotation's result is a list of regions; found {type(result).__name__}.")
-    problems: list[str] = []
-    regions = [r for r in result if isinstance(r, dict)]
-    if len(regions) < len(result):
-        problems.append(f"{len(result) - len(regions)} entries of the result are no regions")
-    boxes = [b for r in regions if (b := _read_box(control, r, width, height, problems))]
-    hidden = {r.get("id") for r in regions if _is_hidden(control, r)}
-    points = [p for r in regions for p in _read_points(control, r, width, height, hidden, problems)]
-    parents = {r.get("id"): r.get("parentID") for r in regions if r.get("type") != "choices" and r.get("id")}
-    groups: dict[str | None, list[_Point]] = {b.region_id: [] for b in boxes}
-    for point in points:
-        group, clear = _group_of(point, parents, boxes)
-        if clear:
-            groups.setdefault(group, []).append(point)
-        else:
-            problems.append(
-                f"'{point.name}' ({point.region_id}) lies in several boxes; give it a parent in Label Studio's region list"
-            )
-    by_id = {b.region_id: b for b in boxes}
-    objects = [
-        _object(control, members, by_id.get(group or ""), problems) for group, members in groups.items() if members
-    ]
-    return ReadResult(tuple(o for o in objects if o.keypoints.placed.any()), tuple(boxes), tuple(problems))
-
-
-@dataclass(frozen=True)
-class _Point:
-    name: str
-    xy: tuple[float, float]  # pixels
-    percent: tuple[float, float]
-    hidden: bool
-    region_id: str
-    parent: str | None
-    origin: str | None
-
-
-def _read_points(control: KeypointControl, region: Region, width: int | None, height: int | None, hidden: set[Any],
-                 problems: list[str]) -> list[_Point]:  # fmt: skip
-    """The points that a region names: none if it is not of this control or cannot be used, several if it carries several labels."""
-    if region.get("from_name") != control.from_name or region.get("to_name", control.to_name) != control.to_name:
-        return []
-    if region.get("type") != "keypointlabels":
-        return []
-    value, region_id = region.get("value"), str(region.get("id") or "")
-    labels = value.get("keypointlabels") if isinstance(value, dict) else None
-    where = f"keypoint region {region_id or 'without id'}"
-    if not isinstance(value, dict) or not isinstance(labels, list) or not labels:
-        problems.append(f"{where} has no label; it was not used")
-        return []
-    if region.get("is_positive") is False:
-        problems.append(f"{where} is a negative click; it was not used")
-        return []
-    percent = _numbers(value, ("x", "y"))
-    size = _image_size(region, width, height)
-    if percent is None or not all(0.0 <= p <= 100.0 for p in percent):
-        problems.append(
-            f"{where} lies at ({value.get('x')!r}, {value.get('y')!r}); expected 0…100 per cent; it was not used"
-        )
-        return []
-    if isinstance(size, str):
-        problems.append(f"{where} {size}; it was not used")
-        return []
-    x, y = from_percent(np.array(percent), *size)
-    found = []
-    for label in dict.fromkeys(str(label) for label in labels):
-        name = control.name_of(label)
-        if name is None:
-            problems.append(
-                f"{where} has the label '{label}', which is not in '{control.from_name}': {', '.join(control.shown)}"
-            )
-            continue
-        found.append(_Point(name, (float(x), float(y)), (percent[0], percent[1]), bool(region_id) and region.get("id") in hidden,
-                            region_id, region.get("parentID") or None, region.get("origin")))  # fmt: skip
-    return found
-
-
-def _read_box(
-    control: KeypointControl, region: Region, width: int | None, height: int | None, problems: list[str]
-) -> DrawnBox | None:
-    box = control.box
-    if box is None or region.get("from_name") != box.from_name or region.get("to_name", box.to_name) != box.to_name:
-        return None
-    if region.get("type") not in BOXES:
-        return None
-    value = region["value"] if isinstance(region.get("value"), dict) else {}
-    where = f"box region {region.get('id') or 'without id'}"
-    labels = value.get("rectanglelabels") or value.get("labels")
-    label = next((str(n) for n in labels if n in box.labels), None) if isinstance(labels, list) else None
-    if labels and box.labels and label is None:
-        return None  # a box of another kind of object, which shares the control
-    numbers = _numbers(value, ("x", "y", "width", "height"))
-    size = _image_size(region, width, height)
-    if numbers is None or isinstance(size, str):
-        problems.append(
-            f"{where} {size if isinstance(size, str) else 'has no finite x, y, width and height'}; it was not used"
-        )
-        return None
-    turn = _numbers(value, ("rotation",)) if value.get("rotation") is not None else (0.0,)
-    if turn is None:
-        problems.append(f"{where} has the rotation {value.get('rotation')!r}, which is no number; it was not used")
-        return None
-    hull = clip_box(_upright(np.array(numbers), turn[0], *size), *size)
-    if not (numbers[2] > 0 and numbers[3] > 0 and hull[2] > 0 and hull[3] > 0):
-        problems.append(
-            f"{where} has no area on the image: {', '.join(f'{n:g}' for n in numbers)} per cent; it was not used"
-        )
-        return None
-    return DrawnBox(hull, str(region.get("id") or random_id()), label, region.get("origin"))
-
-
-def _upright(percent: np.ndarray, degrees: float, width: int, height: int) -> np.ndarray:
-    """(4,) x, y, w, h in per cent, turned by Label Studio clockwise about the top left corner → (4,) pixels of the hull."""
-    corner, far = from_percent(np.array([percent[:2], percent[:2] + percent[2:]]), width, height)
-    if degrees % 360 == 0:
-        return np.concatenate([corner, far - corner])
-    angle = math.radians(degrees)
-    right = (far[0] - corner[0]) * np.array([math.cos(angle), math.sin(angle)])
-    down = (far[1] - corner[1]) * np.array([-math.sin(angle), math.cos(angle)])
-    corners = corner + np.array([0 * right, right, down, right + down])
-    return np.concatenate([corners.min(0), corners.max(0) - corners.min(0)])
-
-
-def _is_hidden(control: KeypointControl, region: Region) -> bool:
-    if control.occluded is None or region.get("from_name") != control.occluded or region.get("type") != "choices":
-        return False
-    value = region.get("value")
-    choices = value.get("choices") if isinstance(value, dict) else None
-    return isinstance(choices, list) and any(
-        control.occluded_choice in (c, *(c if isinstance(c, list) else ())) for c in choices
-    )
-
-
-def _group_of(point: _Point, parents: dict[Any, Any], boxes: list[DrawnBox]) -> tuple[str | None, bool]:
-    """The id of the object that a point belongs to (None: the image's only object), and whether that is certain."""
-    at, seen = point.parent, set()
-    if at is not None:
-        known = {b.region_id for b in boxes}
-        while at not in known and at not in seen and parents.get(at):
-            seen.add(at)
-            at = parents[at]
-        return str(at), True
-    if not boxes:  # a point may itself be what the others hang on
-        return (point.region_id if point.region_id and point.region_id in parents.values() else None), True
-    if len(boxes) == 1:
-        return boxes[0].region_id, True
-    x, y = point.xy
-    inside = [b for b in boxes if b.box[0] <= x <= b.box[0] + b.box[2] and b.box[1] <= y <= b.box[1] + b.box[3]]
-    if len(inside) > 1:
-        return None, False
-    return (inside[0].region_id if inside else None), True
-
-
-def _object(
-    control: KeypointControl, members: list[_Point], box: DrawnBox | None, problems: list[str]
-) -> LabelledObject:
-    names = control.schema.names
-    xy, visibility = np.zeros((len(names), 2)), np.zeros(len(names), np.int8)
-    if control.missing == "absent":
-        visibility[:] = Visibility.ABSENT
-    origins: list[str | None] = [None] * len(names)
-    ids: list[str | None] = [None] * len(names)
-    for i, name in enumerate(names):
-        found = [p for p in members if p.name == name]
-        if not found:
-            continue
-        visibility[i] = Visibility.NOT_LABELLED
-        first = found[0]
-        if any(max(abs(a - b) for a, b in zip(p.percent, first.percent, strict=True)) > SAME_PLACE for p in found):
-            hint = "" if box else " (several objects need a box each, and the points their box as parent)"
-            problems.append(f"'{name}' was placed {len(found)} times on one object; none was used{hint}")
-            continue
-        xy[i] = first.xy
-        visibility[i] = Visibility.OCCLUDED if any(p.hidden for p in found) else Visibility.VISIBLE
-        origins[i], ids[i] = first.origin, first.region_id
-    keypoints = KeypointSet(names, xy, visibility, box=None if box is None else box.box)
-    return LabelledObject(keypoints, tuple(origins), tuple(ids), box)
-
-
-def _numbers(value: Region, keys: tuple[str, ...]) -> tuple[float, ...] | None:
-    """The finite numbers under these keys; None if one is missing or is something else."""
-    found = [value.get(key) for key in keys]
-    if all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in found
-    ):  # NaN < 1e9 is False
-        return tuple(float(v) for v in found if v is not None)
-    return None
-
-
-def _image_size(region: Region, width: int | None, height: int | None) -> tuple[int, int] | str:
-    """Width and height that a region's per cent refer to; a sentence if they are not known or contradict the image."""
-    own = _numbers(region, ("original_width", "original_height"))
-    if own is not None and not (own[0] >= 1 and own[1] >= 1):
-        own = None
-    if width is None or height is None:
-        return (
-            (round(own[0]), round(own[1]))
-            if own
-            else "does not say how large its image is (original_width, original_height)"
-        )
-    if own and abs(own[0] / own[1] * width / height - 1) < 0.02 < abs(width / height - 1):
-        return (f"was drawn on an image of {own[0]:g} × {own[1]:g}, but the image has {width} × {height}: "
-                "one of them is turned by 90°, so the place is not known")  # fmt: skip
-    return width, height
