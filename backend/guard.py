@@ -1,4 +1,4 @@
-"""Connections to checked addresses only, within one total deadline: the ground that `images.py` stands on.
+"""GET requests over connections to checked addresses, within one total deadline: what `images.py` stands on.
 
 A name is resolved once, every address it has is checked, and the connection goes to a checked address: an answer of
 the name server that changes in between (DNS rebinding) changes nothing.
@@ -6,14 +6,25 @@ the name server that changes in between (DNS rebinding) changes nothing.
 
 from __future__ import annotations
 
+import base64
+import http.client
 import ipaddress
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
+from urllib.parse import urlsplit
 
+import certifi
+import requests
+from requests.utils import get_auth_from_url, select_proxy
+
+from backend.transport import origin_of
 from kptllm_core.errors import InvalidInput, Unavailable
 
 Resolver = Callable[[str, int], list[str]]
@@ -166,3 +177,94 @@ def _resolve_within(host: str, port: int, deadline: Deadline, resolver: Resolver
             f"The host name {host} is not known here. Check its spelling, and this machine's name server."
         )
     return answer[0]
+
+
+def request(
+    url: str,
+    deadline: Deadline,
+    *,
+    trusted: bool,
+    authorization: str | None = None,
+    ca: str | None = None,
+    resolver: Resolver = resolve,
+) -> http.client.HTTPConnection:
+    """Send one GET for an image; the caller reads the answer and closes. Redirects are the caller's business.
+
+    url: quoted, ASCII. Proxies and, without `ca`, certificate authorities are the environment's, as in `requests`.
+    Raises InvalidInput (address not allowed), Unavailable, TimeoutError, OSError, http.client.HTTPException.
+    """
+    parts, (scheme, host, port) = urlsplit(url), origin_of(url)
+    if parts.username is not None or parts.password is not None:
+        raise InvalidInput(f"An image's address may not hold a user name or password (host {host}).")
+    environment = requests.Session().merge_environment_settings(url, {}, None, None, None)
+    proxy = select_proxy(url, environment["proxies"])
+    name = f"[{host}]" if ":" in host else host
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    headers = {
+        "Host": name if port == (443 if scheme == "https" else 80) else f"{name}:{port}",
+        "Accept": "image/*, */*;q=0.5",
+        "Accept-Encoding": "identity",
+        "Connection": "close",
+        "User-Agent": "kptllm",
+    }
+    if proxy:
+        raw, login = _through_proxy(proxy, f"{name}:{port}", scheme, deadline, trusted=trusted, resolver=resolver)
+        target = f"http://{name}:{port}{target}" if scheme == "http" else target
+        headers |= login
+    else:
+        raw = connect(host, port, deadline, trusted=trusted, resolver=resolver)
+    connection = http.client.HTTPConnection(host, port)
+    try:
+        raw.settimeout(deadline.left())
+        if scheme == "https":
+            raw = _tls(ca or environment["verify"]).wrap_socket(raw, server_hostname=host)
+        connection.sock = raw
+        connection.putrequest("GET", target, skip_host=True, skip_accept_encoding=True)
+        for header, value in headers.items():
+            connection.putheader(header, value)
+        if authorization:
+            connection.putheader("Authorization", authorization)
+        connection.endheaders()
+    except BaseException:
+        raw.close()
+        raise
+    return connection
+
+
+def _through_proxy(
+    proxy: str, target: str, scheme: str, deadline: Deadline, *, trusted: bool, resolver: Resolver
+) -> tuple[socket.socket, dict[str, str]]:
+    """A connection by way of the environment's proxy, and the headers that it wants. The proxy resolves names."""
+    if not trusted:
+        raise InvalidInput(
+            f"Behind a proxy the address of {target} cannot be checked. If images come from there on purpose, add "
+            f"{target} to IMAGE_HOSTS."
+        )
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    if urlsplit(proxy).scheme != "http" or not urlsplit(proxy).hostname:
+        raise Unavailable("Images go through http:// proxies only. Look at HTTP_PROXY, HTTPS_PROXY and NO_PROXY.")
+    user, password = get_auth_from_url(proxy)
+    login = {"Proxy-Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()} if user else {}
+    _, host, port = origin_of(proxy)
+    raw = connect(host, port, deadline, trusted=True, resolver=resolver)
+    if scheme == "http":
+        return raw, login
+    try:
+        lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}", *(f"{key}: {value}" for key, value in login.items())]
+        raw.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        answer = http.client.HTTPResponse(raw, method="CONNECT")
+        answer.begin()
+        if answer.status != 200:
+            raise Unavailable(f"The proxy {host}:{port} refused the way to {target} ({answer.status}).")
+    except BaseException:
+        raw.close()
+        raise
+    return raw, {}
+
+
+@lru_cache(maxsize=8)
+def _tls(verify: str | bool) -> ssl.SSLContext:
+    """A TLS context for a CA file or folder; True for the usual authorities. Reading them takes a while: kept."""
+    if isinstance(verify, str) and Path(verify).is_dir():
+        return ssl.create_default_context(capath=verify)
+    return ssl.create_default_context(cafile=verify if isinstance(verify, str) else certifi.where())

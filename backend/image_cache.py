@@ -18,7 +18,7 @@ _DIGEST = 32  # bytes of SHA-256 in front of the content
 class ImageCache:
     """At most `limit` bytes below `folder`; several processes may share it. A limit of 0 keeps nothing.
 
-    A cache must not stand in anybody's way: when the disk is full or unreadable it says so in the log and holds nothing.
+    It stands in nobody's way: when the disk is full or unreadable, it says so in the log and holds nothing.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -54,9 +54,9 @@ class ImageCache:
                 with os.fdopen(handle, "wb") as file:
                     file.write(hashlib.sha256(content).digest())
                     file.write(content)
-                os.replace(name, path)
+                Path(name).replace(path)
             except BaseException:
-                os.unlink(name)
+                Path(name).unlink()
                 raise
             self._make_room(len(content) + _DIGEST)
         except OSError as error:

@@ -138,6 +138,7 @@ class Transport:
         limit: int = MAX_ANSWER,
         signed: bool = True,
         repeat: bool | None = None,
+        tries: int | None = None,
     ) -> tuple[bytes, str]:
         """One call, repeated where that is safe; (content, media type) of a good answer."""
         repeat = method in ("GET", "PATCH", "DELETE") if repeat is None else repeat
@@ -181,7 +182,7 @@ class Transport:
                 error = self._refused(status, method, path, content)
                 again = status in _AGAIN and (repeat or status == 429)
                 wait = _retry_after(response.headers.get("Retry-After", ""))
-            if not again or attempt >= self._tries:
+            if not again or attempt >= (tries or self._tries):
                 raise error
             self._sleep(max(wait, self._pause * 2 ** (attempt - 1) * random.uniform(0.7, 1.3)))
             attempt += 1
@@ -189,8 +190,16 @@ class Transport:
     def _access(self, refresh: str) -> str:
         """A new access token for a personal access token."""
         try:
+            # Short, because whoever fetches an image waits for it within its own time limit.
             content, _ = self._send(
-                "POST", "/api/token/refresh/", body={"refresh": refresh}, signed=False, repeat=True, limit=100_000
+                "POST",
+                "/api/token/refresh/",
+                body={"refresh": refresh},
+                signed=False,
+                repeat=True,
+                seconds=4.0,
+                tries=2,
+                limit=100_000,
             )
             access = json.loads(content)["access"]
         except Unauthorized:
