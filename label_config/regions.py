@@ -96,7 +96,7 @@ def _common(region_id: str, from_name: str, to_name: str, kind: str, width: int,
 
 def _point_regions(control: KeypointControl, points: KeypointSet, parent: str | None, width: int, height: int,
                    new_id: Callable[[], str]) -> list[Region]:  # fmt: skip
-    size = POINT_WIDTH if control.point_size is None else control.point_size * 100.0 / width
+    size = POINT_WIDTH if control.point_size is None else min(control.point_size * 100.0 / width, 100.0)
     percent = np.clip(to_percent(clip_to_image(points.xy.astype(np.float64), width, height), width, height), 0.0, 100.0)
     regions: list[Region] = []
     for i in np.flatnonzero(drawn(control, points)):
