@@ -1,0 +1,343 @@
+"""The backend's HTTP face: routes and wiring only. Every project's routes also answer below /projects/<id>.
+
+What Label Studio calls: /health, /setup, /predict, /webhook, /train, /versions, /job_status, /metrics. What people and
+programs call: /, /projects/<id>/status, …/versions/<version>/activate, …/jobs/<job>/cancel.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hmac
+import json
+import logging
+import threading
+from typing import Any
+from urllib.parse import urlsplit
+
+from flask import Blueprint, Flask, Response, current_app, g, jsonify, render_template, request
+from werkzeug.exceptions import HTTPException
+
+from backend.intake import project_of
+from backend.keeper import Keeper
+from backend.model import KptLLMBackend
+from backend.prediction import failed
+from backend.rounds import Rounds
+from backend.services import Services
+from backend.settings import Settings
+from backend.status import health_report, job_state, metrics_text, project_list, project_status
+from backend.versions import unknown_project
+from kptllm_core.errors import InvalidInput, KptError, NotFound, SchemaError, TooLarge, Unauthorized, Unavailable
+
+log = logging.getLogger(__name__)
+MAX_BODY = 64 * 2**20  # bytes; all tasks of a project come in one /predict
+KEPT_FREE = 3  # threads that no prediction takes, so that /health, /setup and /webhook are answered at once
+SECRET_HEADER = "X-Webhook-Secret"  # noqa: S105 - the header's name, not the secret
+wire = Blueprint("wire", __name__)
+
+
+def create_app(services: Services) -> Flask:
+    """The WSGI application. Starts nothing and calls nobody."""
+    app = Flask("backend", template_folder="pages", static_folder=None, root_path=__file__.rpartition("/")[0])
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.extensions["services"], app.extensions["rounds"] = KptLLMBackend.connect(services)
+    app.extensions["places"] = threading.BoundedSemaphore(max(services.settings.web_threads - KEPT_FREE, 1))
+    app.register_blueprint(wire)
+    app.register_blueprint(wire, name="project", url_prefix="/projects/<project>")
+    app.before_request(admit)
+    app.after_request(_finish)
+    app.register_error_handler(KptError, _told)
+    app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(Exception, _internal)
+    app.get("/")(page)
+    return app
+
+
+def application() -> Flask:
+    """For gunicorn: the application of this process's environment, with the background work."""
+    from backend.supervisor import settings_of_process
+
+    settings = settings_of_process()
+    logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("urllib3").setLevel(logging.WARNING)  # at DEBUG it writes addresses, which may carry signatures
+    services = Services.make(settings)
+    app = create_app(services)
+    keeper = Keeper(services, app.extensions["rounds"])
+    keeper.start()
+    atexit.register(keeper.stop)
+    return app
+
+
+# ---------------------------------------------------------------- what Label Studio calls
+
+
+@wire.get("/health")
+def health(project: str | None = None) -> Response:
+    return jsonify(health_report(_services()))
+
+
+@wire.post("/setup")
+def setup(project: str | None = None) -> Response:
+    body = _body()
+    label_config = body.get("schema") or body.get("label_config")
+    if not isinstance(label_config, str):
+        raise InvalidInput("/setup needs the label config under 'schema'.")
+    backend = KptLLMBackend(_project(project, body), label_config)
+    return jsonify(model_version=backend.model_version)
+
+
+@wire.post("/predict")
+def predict(project: str | None = None) -> Response:
+    body = _body()
+    tasks, label_config, params = body.get("tasks"), body.get("label_config"), body.get("params")
+    if not isinstance(tasks, list):
+        raise InvalidInput(f"/predict needs a list under 'tasks'; found {type(tasks).__name__}.")
+    if label_config is not None and not isinstance(label_config, str):
+        raise InvalidInput("label_config is the XML of the label config, as text.")
+    number = _project(project, body)
+    label_config = label_config or _services().journal.label_config(number)
+    if not label_config:
+        raise unknown_project(number)
+    backend = KptLLMBackend(number, label_config)
+    context = params.get("context") if isinstance(params, dict) else None
+    places: threading.BoundedSemaphore = current_app.extensions["places"]
+    if not places.acquire(blocking=False):
+        busy = Unavailable("All places for predictions are taken at the moment; ask again in a minute.")
+        return jsonify(results=[failed(backend.model_version, busy) for _ in tasks])
+    try:
+        return jsonify(results=backend.predict(tasks, context if isinstance(context, dict) else None))
+    finally:
+        places.release()
+
+
+@wire.post("/webhook")
+def webhook(project: str | None = None) -> tuple[Response, int]:
+    body = _body()
+    action = body.get("action")
+    if not isinstance(action, str) or not action:
+        raise InvalidInput("A webhook names what happened under 'action'.")
+    about = body.get("project")
+    if project is None and about is None:
+        # A webhook without payload: Label Studio's API is asked about every project.
+        for known in project_list(_services()):
+            _services().journal.sweep_soon(known["project"])
+        return jsonify(status="ok", message="no payload; it will be fetched"), 200
+    backend = _backend_of_webhook(_project(project, body), about)
+    answer = backend.fit(action, body)
+    return jsonify(answer), 201 if answer.get("job") else 200
+
+
+@wire.post("/train")
+def train(project: str | None = None) -> tuple[Response, int]:
+    """The older form of *Start training*; its annotations are in the journal already."""
+    answer = _backend_of_webhook(_project(project, _body()), None).fit("START_TRAINING", {})
+    return jsonify(answer), 201 if answer["job"] else 200
+
+
+@wire.get("/versions")
+def versions(project: str | None = None) -> Response:
+    """Label Studio names no project here; without one, the versions of all."""
+    asked = project or request.args.get("project")
+    known = [project_of(asked)] if asked else [p["project"] for p in project_list(_services())]
+    names = [v.name for number in known for v in reversed(_services().journal.versions(number))]
+    if asked:
+        active = _services().journal.active(project_of(asked)).name
+        names = [active, *(n for n in names if n != active)]
+    return jsonify(versions=list(dict.fromkeys(names)))
+
+
+@wire.post("/job_status")
+def job_status(project: str | None = None) -> tuple[Response, int]:
+    body = _body()
+    try:
+        return jsonify(job_state(_rounds().get(str(body.get("job"))))), 200
+    except NotFound as error:
+        return jsonify(error=error.to_json(), job_status="removed"), 410
+
+
+@wire.get("/metrics")
+def metrics(project: str | None = None) -> Response:
+    return Response(metrics_text(_services(), _rounds()), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+# ---------------------------------------------------------------- what people call
+
+
+@wire.get("/status")
+def status(project: str | None = None) -> Response:
+    if project is None:
+        return jsonify(projects=project_list(_services()))
+    return jsonify(project_status(_services(), _rounds(), project_of(project)))
+
+
+@wire.post("/versions/<path:version>/activate")
+def activate(version: str, project: str | None = None) -> Response:
+    """Promotion by hand and rollback: the same call."""
+    number = _project(project, {})
+    active = _services().journal.activate(number, version, "Activated by hand.")
+    _services().journal.log_event(number, "ACTIVATE", {"version": version})
+    return jsonify(model_version=active.name, message=f"{active.name} serves from now on.")
+
+
+@wire.post("/jobs/<job>/cancel")
+def cancel(job: str, project: str | None = None) -> Response:
+    return jsonify(job_state(_rounds().cancel(job)))
+
+
+def page() -> str:
+    """The plain page: projects, versions, how to connect."""
+    services = _services()
+    known = [project_status(services, _rounds(), p["project"]) for p in project_list(services)]
+    return render_template(
+        "index.html", projects=known, health=health_report(services), settings=services.settings, here=request.host_url
+    )
+
+
+# ---------------------------------------------------------------- admission and limits
+
+
+def admit() -> None:
+    """Basic auth where it is configured, on everything but /health; the secret header on webhooks; no foreign pages' forms."""
+    settings = _services().settings
+    _refuse_foreign_pages()
+    if request.endpoint and request.endpoint.endswith(".health"):
+        return
+    logged_in = bool(settings.basic_auth_user) and _basic_auth_fits(settings)
+    if logged_in or not (settings.basic_auth_user or settings.webhook_secret):
+        return
+    is_webhook = bool(request.endpoint) and str(request.endpoint).endswith(".webhook")
+    if is_webhook and settings.webhook_secret:
+        sent = request.headers.get(SECRET_HEADER, "")
+        if hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), settings.webhook_secret.encode()):
+            return
+        # Label Studio's button *Start training* is no webhook of its own and carries no header; it brings no data either.
+        if not settings.basic_auth_user and not sent and _body().get("action") == "START_TRAINING":
+            return
+        raise Unauthorized(
+            f"The webhook lacks the header {SECRET_HEADER} of the value WEBHOOK_SECRET. `python -m backend connect` sets it."
+        )
+    if settings.basic_auth_user:
+        raise Unauthorized(
+            "Basic auth is needed here: BASIC_AUTH_USER and BASIC_AUTH_PASS, also in Label Studio's model settings."
+        )
+
+
+def _basic_auth_fits(settings: Settings) -> bool:
+    sent = request.authorization
+    if sent is None or sent.type != "basic":
+        return False
+    user, word = (str(v or "").encode("utf-8", "surrogateescape") for v in (sent.username, sent.password))
+    right_user = hmac.compare_digest(user, settings.basic_auth_user.encode())
+    right_word = hmac.compare_digest(word, settings.basic_auth_pass.encode())
+    return right_user and right_word
+
+
+def _refuse_foreign_pages() -> None:
+    """A browser sends along its login also when another site's page makes it post here."""
+    origin = request.headers.get("Origin")
+    if request.method == "POST" and origin is not None and urlsplit(origin).netloc != request.host:
+        raise Unauthorized(f"A page of {origin[:100]} may not post here.")
+
+
+def _body() -> dict[str, Any]:
+    """The request's JSON object. TooLarge, or InvalidInput for what is no strict JSON."""
+    if "body" not in g:
+        g.body = strict_json(request.get_data(cache=False))
+    found: dict[str, Any] = g.body
+    return found
+
+
+def strict_json(data: bytes) -> dict[str, Any]:
+    """Without NaN, lone surrogates, numbers beyond 64 bits, or a depth that breaks a parser."""
+
+    def no_constant(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON number")
+
+    def whole(digits: str) -> int:
+        if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+            raise ValueError(f"{digits[:24]} is beyond 64 bits")
+        return int(digits)
+
+    def number(text: str) -> float:
+        value = float(text)
+        if value in (float("inf"), float("-inf")):
+            raise ValueError(f"{text[:24]} is too large a number")
+        return value
+
+    try:
+        value = json.loads(data, parse_constant=no_constant, parse_int=whole, parse_float=number)
+        if b"\\ud" in data.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        if not isinstance(value, dict):
+            raise ValueError("expected an object")
+        return value
+    except UnicodeEncodeError:
+        raise InvalidInput("The JSON holds half a character (a lone surrogate). Send whole UTF-8 characters.") from None
+    except RecursionError:
+        raise InvalidInput("The JSON is nested too deeply.") from None
+    except ValueError as error:
+        raise InvalidInput(f"The body is no JSON object: {str(error)[:200]}.") from None
+
+
+def _project(project: str | None, body: dict[str, Any]) -> str:
+    """The project of the path, which wins, or of the body."""
+    return project_of(project if project is not None else body.get("project"))
+
+
+def _backend_of_webhook(project: str, about: Any) -> KptLLMBackend:
+    """With the label config that the event brings; a config that cannot be used must not lose the event."""
+    config = about.get("label_config") if isinstance(about, dict) else None
+    if not isinstance(config, str):
+        known = _services().journal.label_config(project)
+        config = known or None
+    try:
+        return KptLLMBackend(project, config)
+    except SchemaError as error:
+        log.warning("project %s: %s", project, error.message)
+        return KptLLMBackend(project)
+
+
+def _services() -> Services:
+    found: Services = current_app.extensions["services"]
+    return found
+
+
+def _rounds() -> Rounds:
+    found: Rounds = current_app.extensions["rounds"]
+    return found
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _finish(response: Response) -> Response:
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Content-Security-Policy"] = (
+        "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+    )
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def _told(error: KptError) -> tuple[Response, int]:
+    response = jsonify(error=error.to_json())
+    if isinstance(error, Unauthorized):
+        response.headers["WWW-Authenticate"] = 'Basic realm="keypoint backend", charset="UTF-8"'
+    if error.status >= 500:
+        log.error("%s %s: %s", request.method, request.path, error.message)
+    return response, error.status
+
+
+def _http_error(error: HTTPException) -> tuple[Response, int]:
+    status = error.code or 500
+    if status == 413:
+        return _told(TooLarge(f"The request is larger than {MAX_BODY:,} bytes. Send fewer tasks at once."))
+    if status < 400:
+        return Response(status=status, headers=error.get_response().headers), status
+    code = {400: "invalid_input", 404: "not_found", 405: "method_not_allowed"}.get(status, "http")
+    return jsonify(error={"code": code, "message": str(error.description)}), status
+
+
+def _internal(error: Exception) -> tuple[Response, int]:
+    log.error("%s %s failed", request.method, request.path, exc_info=error)
+    return jsonify(error={"code": "internal", "message": "The backend failed on this request. Its log says more."}), 500

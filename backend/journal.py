@@ -1,0 +1,360 @@
+"""What happened, durably: annotations, versions, jobs (tables.py). SQLite with WAL and synchronous=FULL, PostgreSQL by URL.
+
+Every change is one transaction that is either acknowledged and kept, or absent; a locked database is waited for. So any
+process may be killed at any moment, and what follows from the stored rows is the same for all web workers. Annotations
+are only ever added: idempotent by (annotation, updated_at, hash of the result), the newest updated_at is the current one,
+and a deletion is a tombstone that ends an annotation's history.
+
+What a change means for the version that serves is in versions.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, Engine, create_engine, event, select, update
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from backend import split
+from backend.intake import names_of
+from backend.tables import Annotation, Base, Event, Fact, Project, Task, Version
+from backend.versions import advance, candidates_of, freeze, lock_project, recount, sizes_missing, unknown_project
+from kptllm_core.errors import Conflict, NotFound, Unavailable
+from label_config.schema import LabelConfig, parse
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_PASSING = ("locked", "busy", "deadlock", "could not serialize", "40001", "40p01", "55p03")
+
+
+class Journal:
+    """One per process; its methods may be called from any thread."""
+
+    def __init__(self, url: str, patience: float = 20.0) -> None:
+        """patience: seconds for which a locked database is waited for before Unavailable is raised."""
+        self.patience = patience
+        self._engine = _engine(url)
+        self._one_writer = (
+            threading.Lock()
+        )  # threads queue here, not in SQLite, which would let them wait by turns of luck
+        self.write(lambda session: Base.metadata.create_all(session.connection()))
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session on one consistent state; what is changed in it is lost."""
+        try:
+            with Session(self._engine, expire_on_commit=False) as session:
+                yield session
+        except SQLAlchemyError as error:
+            raise _unavailable(error) from error
+
+    def write(self, change: Callable[[Session], T]) -> T:
+        """Run `change` in one transaction and return what it returns. It may run more than once: another writer was first."""
+        deadline = time.monotonic() + self.patience
+        engine = self._engine.execution_options(kpt_write=True)
+        attempt = 0
+        while True:
+            try:
+                with self._one_writer, Session(engine, expire_on_commit=False) as session, session.begin():
+                    return change(session)
+            except DBAPIError as error:
+                said = str(error.orig).lower() + str(getattr(error.orig, "pgcode", "")).lower()
+                again = any(word in said for word in _PASSING) or (isinstance(error, IntegrityError) and attempt < 3)
+                if not again or time.monotonic() > deadline:
+                    raise _unavailable(error) from error
+                attempt += 1
+                time.sleep(random.uniform(0.005, 0.05) * min(attempt, 8))
+
+    # ------------------------------------------------------------ what is served
+
+    def base(self) -> str | None:
+        """The core's base as it was last seen, None if no core ever answered."""
+        return self.fact("core").get("base")
+
+    def fact(self, name: str) -> dict[str, Any]:
+        with self.reading() as session:
+            row = session.get(Fact, name)
+            return dict(row.value) if row else {}
+
+    def set_fact(self, name: str, value: dict[str, Any]) -> None:
+        """Remember a value for all processes; nothing is written when nothing changed."""
+        if self.fact(name) != value:
+            self.write(lambda session: session.merge(Fact(name=name, value=value)))
+
+    def observe(self, project: str, label_config: str, base: str, title: str | None = None) -> Version:
+        """The version that serves the project under this label config and this base; writes only when something changed."""
+        with self.reading() as session:
+            row = session.get(Project, project)
+            version = session.get(Version, row.active_version) if row and row.active_version else None
+            same_title = title is None or (row is not None and row.title == title)
+            if row and version and row.label_config == label_config and version.base == base and same_title:
+                return version
+        config = parse(label_config)
+
+        def change(session: Session) -> Version:
+            row = lock_project(session, project)
+            row.title = row.title if title is None else title
+            changed = row.config_hash != config.hash
+            row.label_config, row.config_hash, row.names = label_config, config.hash, names_of(config)
+            if changed:
+                row.sweep_due = True  # tasks may show other images now
+                recount(session, row, config)
+            version = session.get(Version, row.active_version) if row.active_version else None
+            if version is None or version.base != base:
+                reason = "first version" if version is None else f"the core now runs {base} instead of {version.base}"
+                return freeze(session, row, base, None, split.step_of(row.labelled), reason)
+            if changed and version.config_hash != config.hash:
+                keeps = split.adapter_fits(version.trained_names, row.names)
+                why = (
+                    ""
+                    if keeps
+                    else f"; the adapter of round {version.round} was trained on other names and is set aside"
+                )
+                return freeze(
+                    session, row, base, version if keeps else None, row.step, f"the label config changed{why}"
+                )
+            return version
+
+        return self.write(change)
+
+    def active(self, project: str) -> Version:
+        """The version that serves. NotFound if the project was never seen."""
+        with self.reading() as session:
+            row = session.get(Project, project)
+            version = session.get(Version, row.active_version) if row and row.active_version else None
+        if version is None:
+            raise unknown_project(project)
+        return version
+
+    def label_config(self, project: str) -> str:
+        """The label config as it was last seen, empty if never."""
+        with self.reading() as session:
+            row = session.get(Project, project)
+            return row.label_config if row else ""
+
+    def versions(self, project: str) -> list[Version]:
+        """Every version, the oldest first."""
+        with self.reading() as session:
+            return list(session.scalars(select(Version).where(Version.project == project).order_by(Version.id)))
+
+    def activate(self, project: str, name: str, reason: str) -> Version:
+        """Serve this version from now on: a promotion by hand, or a rollback. NotFound, or Conflict if it cannot serve."""
+
+        def change(session: Session) -> Version:
+            row = lock_project(session, project)
+            version = session.scalar(select(Version).where(Version.project == project, Version.name == name))
+            if version is None:
+                raise NotFound(
+                    f"Project {project} has no version '{name}'. GET /projects/{project}/versions lists them."
+                )
+            base = session.get(Fact, "core")
+            if base is not None and base.value.get("base") not in (None, version.base):
+                raise Conflict(f"'{name}' was made for {version.base}, but the core runs {base.value['base']}.")
+            if not split.adapter_fits(version.trained_names, row.names):
+                raise Conflict(
+                    f"'{name}' was trained on other keypoint names than the label config has now; start a round instead."
+                )
+            version.promoted, version.reason = True, f"{version.reason} {reason}".strip()[-2000:]
+            row.active_version, row.move_to = version.id, version.name
+            return version
+
+        return self.write(change)
+
+    def set_aside(self, project: str, version: Version, why: str) -> None:
+        """The core cannot use this version's adapter: serve the newest promoted version without it, else the bare base."""
+
+        def change(session: Session) -> None:
+            row = lock_project(session, project)
+            if row.active_version != version.id:
+                return  # another request was first
+            usable = None
+            for other in session.scalars(select(Version).where(Version.project == project).order_by(Version.id)):
+                if other.adapter == version.adapter:
+                    other.promoted, other.reason = False, f"{other.reason} Set aside: {why}".strip()[-2000:]
+                elif (
+                    other.promoted and other.base == version.base and split.adapter_fits(other.trained_names, row.names)
+                ):
+                    usable = other
+            if usable is None:
+                freeze(session, row, version.base, None, row.step, f"{version.name} was set aside: {why}"[:2000])
+            else:
+                row.active_version, row.move_to = usable.id, usable.name
+
+        self.write(change)
+
+    # ------------------------------------------------------------ annotations
+
+    def record(self, project: str, tasks: list[Task], annotations: list[Annotation], config: LabelConfig | None = None,
+               seen: bool = False) -> int:  # fmt: skip
+        """Store what a webhook or a sweep brought; returns how many annotations were new. Repetitions change nothing.
+
+        seen: Label Studio's API showed these annotations just now, so a newer state than a tombstone's ends the tombstone.
+        """
+        if not tasks and not annotations:
+            return 0
+
+        def change(session: Session) -> int:
+            row = lock_project(session, project)
+            for task in tasks:
+                _keep_task(session, task)
+            added = sum(_keep_annotation(session, annotation, seen) for annotation in annotations)
+            if added:
+                advance(session, row, config)
+            return added
+
+        return self.write(change)
+
+    def delete_annotations(self, project: str, annotations: list[int]) -> int:
+        """Tombstones, also for annotations never heard of (their creation may still be on its way). Returns how many were new."""
+
+        def change(session: Session) -> int:
+            row = lock_project(session, project)
+            new = 0
+            for number in annotations:
+                last = session.scalar(select(Annotation).where(*_states(project, number), Annotation.current))
+                if last is not None and last.deleted:
+                    continue
+                session.execute(update(Annotation).where(*_states(project, number)).values(current=False))
+                session.add(Annotation(project=project, annotation=number, task=last.task if last else 0, deleted=True, counts=False,
+                                       why_not="deleted", updated_us=last.updated_us if last else 0, result_hash="deleted",
+                                       points=0, current=True))  # fmt: skip
+                new += 1
+            if new:
+                advance(session, row, None)
+            return new
+
+        return self.write(change)
+
+    def delete_tasks(self, project: str, tasks: list[int]) -> int:
+        """Tasks that were deleted take their annotations with them. Returns how many annotations that were."""
+
+        def change(session: Session) -> list[int]:
+            session.execute(update(Task).where(Task.project == project, Task.task.in_(tasks)).values(deleted=True))
+            found = select(Annotation.annotation).where(
+                Annotation.project == project, Annotation.task.in_(tasks), Annotation.current, ~Annotation.deleted
+            )
+            return list(session.scalars(found))
+
+        return self.delete_annotations(project, self.write(change))
+
+    def candidates(self, project: str) -> list[split.Candidate]:
+        """One annotation per labelled image: those that training, judging and support examples come from."""
+        with self.reading() as session:
+            return candidates_of(session, project)
+
+    def log_event(self, project: str, action: str, about: dict[str, Any] | None = None) -> None:
+        self.write(lambda session: session.add(Event(project=project, action=action, about=about or {})))
+
+    def sweep_soon(self, project: str) -> None:
+        """Something arrived without its content: Label Studio's API is asked at the next occasion."""
+
+        def change(session: Session) -> None:
+            row = lock_project(session, project)
+            row.sweep_due = True
+
+        self.write(change)
+
+    def note_file(self, project: str, task: int, url: str, facts: dict[str, Any]) -> None:
+        """Remember which bytes stand behind a task's image: {"sha256", "width", "height"}, or {"error"} in words."""
+
+        def change(session: Session) -> None:
+            row = session.get(Task, (project, task))
+            if row is not None and row.files.get(url) != facts:
+                row.files = {**row.files, url: facts}
+
+        self.write(change)
+
+    def support_waits_for(self, project: str) -> list[tuple[Task, str]]:
+        """Images (task, URL) whose size must be known before a support set that is due can be chosen."""
+        with self.reading() as session:
+            row = session.get_one(Project, project)
+            due = split.step_of(row.labelled) > row.step and row.label_config
+            return sizes_missing(session, project, parse(row.label_config)) if due else []
+
+    def retry_support(self, project: str) -> None:
+        """Choose the support set that waited for the size of an image."""
+        self.write(lambda session: advance(session, lock_project(session, project), None))
+
+
+# ---------------------------------------------------------------- inside a transaction
+
+
+def _keep_task(session: Session, task: Task) -> None:
+    known = session.get(Task, (task.project, task.task))
+    if known is None:
+        session.add(
+            Task(project=task.project, task=task.task, group=task.group, images=task.images, files={}, deleted=False)
+        )
+    elif task.images and (known.images != task.images or known.group != task.group):
+        known.images, known.group = task.images, task.group
+
+
+def _keep_annotation(session: Session, row: Annotation, seen: bool) -> bool:
+    """Add a state unless it is known, and mark the newest one. True if it was new. seen: see Journal.record."""
+    states = _states(row.project, row.annotation)
+    same = (Annotation.updated_us == row.updated_us, Annotation.result_hash == row.result_hash)
+    if session.scalar(select(Annotation.id).where(*states, *same)) is not None:
+        return False
+    newest = session.scalar(select(Annotation).where(*states, Annotation.current))
+    copy = {c.key: getattr(row, c.key) for c in Annotation.__table__.columns if c.key not in ("id", "received_at")}
+    late = newest is not None and (
+        newest.updated_us > row.updated_us or (newest.deleted and (not seen or newest.updated_us == row.updated_us))
+    )
+    if newest is not None and not late:
+        newest.current = False
+    session.add(Annotation(**{**copy, "current": not late}))
+    session.flush()
+    return True
+
+
+def _states(project: str, annotation: int) -> tuple[Any, ...]:
+    return Annotation.project == project, Annotation.annotation == annotation
+
+
+# ---------------------------------------------------------------- the database
+
+
+def _engine(url: str) -> Engine:
+    address = make_url(url)
+    if not address.drivername.startswith("sqlite"):
+        if address.drivername == "postgresql":
+            address = address.set(drivername="postgresql+psycopg")
+        return create_engine(address, pool_pre_ping=True)
+    if address.database:
+        Path(address.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(address, connect_args={"timeout": 2.0})
+
+    @event.listens_for(engine, "connect")
+    def connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # BEGIN is ours, below
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A writer takes the lock at once: a reader that becomes a writer could only fail when another one was first.
+        writes = connection.get_execution_options().get("kpt_write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _unavailable(error: SQLAlchemyError) -> Unavailable:
+    log.error("journal: %s: %s", type(error).__name__, getattr(error, "orig", error))
+    said = str(getattr(error, "orig", "") or type(error).__name__)
+    hint = (
+        "Free some disk space." if "full" in said.lower() else "Try again; if it stays so, look at the backend's log."
+    )
+    return Unavailable(f"The journal cannot be used at the moment ({said[:200]}). {hint}")

@@ -1,0 +1,221 @@
+"""The background work: one thread in each web worker, of which one at a time, over all processes, holds the lease.
+
+It asks the core how it is, moves rounds on, starts those that are due, sweeps through Label Studio and moves its projects
+along to the version that serves. Nothing of that is ever done in a request.
+
+The lease needs no clock but each process's own monotonic one: its owner counts `beat` up; whoever has seen the same beat
+for LEASE_SECONDS may take it. So neither a clock that jumps nor a killed owner can stop the work for longer than that.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from backend.rounds import Rounds
+from backend.services import Services
+from backend.split import MADE_HERE
+from backend.sweep import sweep_all
+from backend.tables import Lease, Project, Version
+from kptllm_core.errors import InvalidInput, KptError
+
+log = logging.getLogger(__name__)
+LEASE_SECONDS = 10.0
+BEAT_SECONDS = 2.0
+TICK_SECONDS = 1.0
+CORE_SECONDS = 5.0  # how often the core is asked how it is
+
+
+class JournalLease:
+    """`hold()` is called again and again; True while this process has the lease."""
+
+    def __init__(
+        self, services: Services, name: str, seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.journal, self.name, self.seconds, self.clock = services.journal, name, seconds, clock
+        self.owner = secrets.token_hex(8)
+        self._seen: tuple[str, int] | None = None
+        self._seen_at = 0.0
+
+    def hold(self) -> bool:
+        with self.journal.reading() as session:  # the usual case of those who only watch writes nothing
+            row = session.get(Lease, self.name)
+        if row is not None and row.owner != self.owner:
+            if self._seen != (row.owner, row.beat):
+                self._seen, self._seen_at = (row.owner, row.beat), self.clock()
+                return False
+            if self.clock() - self._seen_at < self.seconds:
+                return False
+        return self.journal.write(self._take)
+
+    def _take(self, session: Session) -> bool:
+        row = session.get(Lease, self.name, with_for_update=True)
+        if row is None:
+            session.add(Lease(name=self.name, owner=self.owner, beat=1))
+        elif row.owner == self.owner or (row.owner, row.beat) == self._seen:
+            row.owner, row.beat = self.owner, row.beat + 1
+        else:
+            return False  # another one was first
+        return True
+
+    def release(self) -> None:
+        def give_back(session: Session) -> None:
+            row = session.get(Lease, self.name)
+            if row is not None and row.owner == self.owner:
+                session.delete(row)
+
+        self.journal.write(give_back)
+
+
+class Keeper:
+    """The two threads of one process: a heart that keeps the lease, and hands that work while it is held."""
+
+    def __init__(self, services: Services, rounds: Rounds) -> None:
+        self.services, self.rounds = services, rounds
+        self.lease = JournalLease(services, "keeper")
+        self._holds = threading.Event()
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=t, name=f"keeper-{t.__name__}", daemon=True) for t in (self._heart, self._hands)
+        ]
+        self._next_core = self._next_sweep = 0.0
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, seconds: float = 5.0) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(seconds)
+        try:
+            self.lease.release()
+        except KptError as error:
+            log.info("the lease was not given back: %s", error.message)
+
+    def _heart(self) -> None:
+        while not self._stop.is_set():
+            try:
+                held = self.lease.hold()
+            except Exception as error:  # noqa: BLE001 - whatever it is, this thread must live on and try again
+                log.warning("the keeper's lease: %s", error)
+                held = False
+            (self._holds.set if held else self._holds.clear)()
+            self._stop.wait(BEAT_SECONDS)
+
+    def _hands(self) -> None:
+        while not self._stop.is_set():
+            if self._holds.wait(timeout=1.0) and not self._stop.is_set():
+                self.tick()
+            self._stop.wait(TICK_SECONDS)
+
+    # ------------------------------------------------------------ the work
+
+    def tick(self) -> None:
+        """One turn of all work. No trouble of one part keeps the others from their turn."""
+        now = time.monotonic()
+        if now >= self._next_core:
+            self._next_core = now + CORE_SECONDS
+            self._try("the core", self._see_core)
+        for job in self.rounds.open_jobs():
+            self._try(f"round {job}", lambda job=job: self.rounds.step(job))  # type: ignore[misc]
+        for project in self._projects():
+            self._try(f"project {project.id}", lambda project=project: self._look_after(project))  # type: ignore[misc]
+        if self.services.has_token and (now >= self._next_sweep or self._sweep_due()):
+            self._try("Label Studio", self._sweep)
+            self._next_sweep = time.monotonic() + self.services.settings.sweep_seconds
+
+    def _try(self, what: str, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except KptError as error:
+            log.warning("%s: %s", what, error.message)
+        except Exception:
+            log.exception("%s: the background work failed", what)
+
+    def _see_core(self) -> None:
+        """When the core runs another base than a project's version was made for, the project gets a version for it."""
+        base = self.services.see_core()
+        for project in self._projects():
+            with self.services.journal.reading() as session:
+                version = session.get(Version, project.active_version) if project.active_version else None
+            if version is not None and version.base != base:
+                self.services.journal.observe(project.id, project.label_config, base)
+
+    def _look_after(self, project: Project) -> None:
+        self._learn_sizes(project.id)
+        self.rounds.start_if_due(project.id)
+        if project.move_to and self.services.has_token and project.id.isdigit():
+            self._move_along(project.id, project.move_to)
+
+    def _learn_sizes(self, project: str) -> None:
+        """Annotations made by programs may not say how large their image is; the support set waits for that."""
+        waiting = self.services.journal.support_waits_for(project)
+        for task, url in waiting:
+            try:
+                self.services.image(project, task, url)
+            except KptError as error:
+                log.warning("project %s, task %s: %s", project, task.task, error.message)
+        if waiting:
+            self.services.journal.retry_support(project)
+
+    def _move_along(self, project: str, version: str) -> None:
+        """Show annotators the predictions of the version that serves: a project pinned to an older one would hide them.
+
+        Label Studio accepts a version only once predictions of it exist. Until then the project keeps what it shows, or, where
+        it showed nothing, asks the backend itself.
+        """
+        label_studio = self.services.label_studio
+        shown = str(label_studio.project(int(project)).get("model_version") or "")
+        title = next((str(b["title"]) for b in label_studio.ml_backends(int(project)) if b.get("title")), None)
+        if (
+            shown == version
+            or (title is not None and shown == title)
+            or (shown and not self._made_here(project, shown))
+        ):
+            self._moved(project, version)  # right already, live, or somebody's own choice of another model
+            return
+        try:
+            label_studio.set_project_model_version(int(project), version)
+        except InvalidInput:
+            if shown or title is None:
+                return  # no prediction of it yet: tried again
+            label_studio.set_project_model_version(int(project), title)
+        self._moved(project, version)
+        log.info("project %s: Label Studio shows %s now", project, version)
+
+    def _made_here(self, project: str, version: str) -> bool:
+        return bool(MADE_HERE.fullmatch(version)) or any(
+            v.name == version for v in self.services.journal.versions(project)
+        )
+
+    def _moved(self, project: str, version: str) -> None:
+        def change(session: Session) -> None:
+            row = session.get_one(Project, project)
+            if row.move_to == version:
+                row.move_to = None
+
+        self.services.journal.write(change)
+
+    def _sweep(self) -> None:
+        try:
+            sweep_all(self.services)
+        except KptError as error:
+            self.services.journal.set_fact("label_studio", {"up": False, "message": error.message})
+            raise
+        self.services.journal.set_fact("label_studio", {"up": True, "message": ""})
+
+    def _sweep_due(self) -> bool:
+        return any(p.sweep_due and p.swept_at is not None for p in self._projects())
+
+    def _projects(self) -> list[Project]:
+        with self.services.journal.reading() as session:
+            return list(
+                session.scalars(select(Project).where(Project.active_version.is_not(None)).order_by(Project.id))
+            )

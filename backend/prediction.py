@@ -1,0 +1,323 @@
+"""One /predict: tasks → images → core → regions. N tasks give N results, whatever happens to one of them.
+
+Images are fetched a few at a time and ahead of the core, which gets them in small portions, so that the time that Label Studio
+waits is used up to its end, and what was not reached is said to be worth asking for again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from backend import split
+from backend.core_client import Query, image_hash
+from backend.intake import control_key
+from backend.services import Services, is_passing
+from backend.tables import Task, Version
+from kptllm_core.errors import ArtifactError, InvalidInput, KptError, NotFound, Unavailable
+from kptllm_core.geometry import from_percent
+from kptllm_core.imaging import image_size
+from kptllm_core.keypoints import KeypointSet, Visibility
+from label_config.annotations import DrawnBox, read_result
+from label_config.regions import to_regions
+from label_config.schema import KeypointControl, LabelConfig
+
+log = logging.getLogger(__name__)
+CHUNK = 8  # tasks per request to the core
+FETCHERS = 4  # images fetched at a time
+Json = dict[str, Any]
+
+
+def failed(model_version: str, error: KptError) -> Json:
+    """The empty prediction of a task that failed."""
+    version = model_version + (split.RETRY if is_passing(error) else "")
+    return {"result": [], "score": 0.0, "model_version": version, "error": error.to_json()}
+
+
+@dataclass
+class _Item:
+    """One control's image in one task."""
+
+    task: int  # index into the tasks
+    control: KeypointControl
+    sha: str = ""
+    boxes: list[DrawnBox] = field(default_factory=list)
+    objects: list[KeypointSet] = field(default_factory=list)
+    size: tuple[int, int] = (1, 1)
+    error: KptError | None = None
+
+    def queries(self) -> list[Query]:
+        """One per box; the whole image where nobody drew one. None where the config wants boxes of a person."""
+        if self.boxes:
+            return [Query(self.sha, [float(v) for v in b.box]) for b in self.boxes]
+        if self.control.box is not None and not self.control.find_objects:
+            return []
+        return [Query(self.sha)]
+
+
+class Prediction:
+    """One call of predict: so many tasks under one version. `run` raises ArtifactError when the core refuses that version."""
+
+    def __init__(
+        self,
+        services: Services,
+        project: str,
+        config: LabelConfig,
+        version: Version,
+        tasks: list[Json],
+        context: Json | None,
+        deadline: float,
+    ) -> None:
+        """context: `{"result": [regions]}` drawn with a smart tool, or None. deadline: monotonic seconds."""
+        self.services, self.project, self.config, self.version = services, project, config, version
+        self.tasks, self.deadline = tasks, deadline
+        drawn = context.get("result") if isinstance(context, dict) else None
+        self.drawn: list[Json] = [_click(r) for r in drawn if isinstance(r, dict)] if isinstance(drawn, list) else []
+        self.bytes: dict[str, bytes] = {}  # of the present chunk, by hash
+        self.support_places: dict[str, tuple[Task, str]] = {}  # hash → where to fetch it again
+        self.lost: set[str] = set()  # support images that are not to be had now
+
+    def run(self) -> list[Json]:
+        results: list[Json] = []
+        supports = {control_key(c): self._support(c) for c in self.controls()}
+        gave_up: KptError | None = None
+        with ThreadPoolExecutor(FETCHERS) as pool:
+            ahead = self._fetch(pool, 0)
+            for start in range(0, len(self.tasks), CHUNK):
+                fetched, ahead = ahead, {} if gave_up else self._fetch(pool, start + CHUNK)
+                count = len(self.tasks[start : start + CHUNK])
+                if gave_up is None and time.monotonic() > self.deadline - 1.0:
+                    gave_up = Unavailable("No time was left for this task; ask for the rest again.")
+                if gave_up is None:
+                    try:
+                        results += self._chunk(start, count, fetched, supports)
+                        continue
+                    except Unavailable as error:  # the core: no use in trying it with the other tasks, too
+                        gave_up = error
+                        log.warning("project %s: %d tasks without prediction: %s", self.project,
+                                    len(self.tasks) - start, error.message)  # fmt: skip
+                results += [failed(self.version.name, gave_up) for _ in range(count)]
+            for future in ahead.values():
+                future.cancel()
+        return results
+
+    def controls(self) -> Sequence[KeypointControl]:
+        """Those that what was drawn belongs to; all of them if nothing was."""
+        names = {r.get("from_name") for r in self.drawn}
+        own = [c for c in self.config.controls if {c.from_name, c.box.from_name if c.box else c.from_name} & names]
+        return own or self.config.controls
+
+    def _fetch(self, pool: ThreadPoolExecutor, start: int) -> dict[tuple[int, str], Future[bytes]]:
+        """Begin to fetch the images of the tasks from `start` on: (index, URL) → bytes to come."""
+        futures = {}
+        for at, task in enumerate(self.tasks[start : start + CHUNK], start):
+            data = task.get("data") if isinstance(task, dict) else None
+            for url in {c.image_of(data) for c in self.controls()} if isinstance(data, dict) else ():
+                if url:
+                    number = task.get("id")
+                    number = number if isinstance(number, int) and not isinstance(number, bool) else None
+                    futures[at, url] = pool.submit(self.services.images.fetch, url, number)
+        return futures
+
+    def _chunk(
+        self, start: int, count: int, fetched: dict[tuple[int, str], Future[bytes]], supports: dict[str, Any]
+    ) -> list[Json]:
+        self.bytes = {}
+        items: list[_Item] = []
+        for at in range(start, start + count):
+            items += [self._item(at, control, fetched) for control in self.controls()]
+        for control in self.controls():
+            mine = [i for i in items if i.control is control and i.error is None]
+            asked = [(item, query) for item in mine for query in item.queries()]
+            if asked:
+                self._ask(control, asked, supports[control_key(control)])
+        return [self._result(at, [i for i in items if i.task == at]) for at in range(start, start + count)]
+
+    def _item(self, at: int, control: KeypointControl, fetched: dict[tuple[int, str], Future[bytes]]) -> _Item:
+        item = _Item(at, control)
+        task = self.tasks[at]
+        try:
+            data = task.get("data") if isinstance(task, dict) else None
+            url = control.image_of(data) if isinstance(data, dict) else None
+            if url is None:
+                found = ", ".join(map(str, list(data)[:10])) if isinstance(data, dict) else "no data"
+                raise InvalidInput(f"The task has no image under '{control.image_key}'. Found: {found}.")
+            image = fetched[at, url].result(timeout=max(self.deadline - time.monotonic(), 0.1))
+            item.sha, item.size = image_hash(image), image_size(image)
+            self.bytes[item.sha] = image
+            item.boxes = self._boxes(task, control, item.size)
+        except TimeoutError:
+            item.error = Unavailable("No time was left to fetch the image; ask again.")
+        except KptError as error:
+            item.error = error
+        return item
+
+    def _boxes(self, task: Json, control: KeypointControl, size: tuple[int, int]) -> list[DrawnBox]:
+        """The objects' boxes: those just drawn, else those of the newest annotation, draft, or another model's prediction."""
+        sources: list[Any] = [self.drawn]
+        if not self.drawn:
+            annotations = [a for a in _list(task.get("annotations")) if a.get("was_cancelled") is not True]
+            annotations.sort(
+                key=lambda a: (a.get("ground_truth") is True, str(a.get("updated_at") or "")), reverse=True
+            )
+            others = [
+                p
+                for p in _list(task.get("predictions"))
+                if not split.MADE_HERE.fullmatch(str(p.get("model_version") or ""))
+            ]
+            sources = [a.get("result") for a in (*annotations, *_list(task.get("drafts")), *others)]
+        for result in sources:
+            boxes = list(read_result(control, result, *size).boxes) if isinstance(result, list) else []
+            if boxes:
+                return boxes
+        return []
+
+    def _ask(
+        self, control: KeypointControl, asked: list[tuple[_Item, Query]], support: list[tuple[str, KeypointSet]]
+    ) -> None:
+        """Fill in the objects of the items. Raises Unavailable and ArtifactError, which concern all tasks."""
+        while True:
+            shown = [s for s in support if s[0] not in self.lost]
+            known_lost = len(self.lost)
+            left = self.deadline - time.monotonic()
+            try:
+                queries = [query for _, query in asked]
+                answer = self.services.core.predict(
+                    control.schema, shown, queries, self._load, self.version.adapter, seconds=left
+                )
+                break
+            except KptError as error:
+                if error.details.get("image") in {sha for sha, _ in shown}:
+                    self.lost.add(str(error.details["image"]))  # the core cannot read it
+                if len(self.lost) > known_lost:
+                    log.warning("project %s: a support example is left out: %s", self.project, error.message)
+                    continue
+                if isinstance(error, (Unavailable, ArtifactError)):
+                    raise
+                for item, _ in asked:  # what this control was asked with cannot be used
+                    item.error = error
+                return
+        if answer.base != self.version.base:
+            raise ArtifactError(
+                f"The core runs {answer.base}; the version {self.version.name} was made for {self.version.base}."
+            )
+        for (item, _), result in zip(asked, answer.results, strict=True):
+            if isinstance(result, KptError):
+                item.error = result
+            else:
+                item.objects.append(result[0])
+                item.size = result[1]
+
+    def _result(self, at: int, items: list[_Item]) -> Json:
+        """A task's prediction; empty with the reason if nothing of it worked."""
+        regions: list[Json] = []
+        for item in items:
+            if item.objects:
+                objects = [self._with_clicks(item, points) for points in item.objects]
+                labels = [b.label for b in item.boxes] if len(item.boxes) == len(objects) else None
+                regions += to_regions(item.control, objects, *item.size, box_labels=labels)
+        errors = [i.error for i in items if i.error is not None]
+        for error in errors:
+            task = self.tasks[at].get("id") if isinstance(self.tasks[at], dict) else None
+            log.warning("project %s, task %s: %s", self.project, task, error.message)
+        if errors and not regions:
+            return failed(self.version.name, errors[0])
+        scores = [r["score"] for r in regions if r["type"] == "keypointlabels"]
+        score = round(float(np.mean(scores)), 4) if scores else 0.0
+        return {"result": regions, "score": score, "model_version": self.version.name}
+
+    def _with_clicks(self, item: _Item, points: KeypointSet) -> KeypointSet:
+        """A smart click is the truth for its point: there it is, or (a negative click) it is not on this object."""
+        clicks = [
+            r for r in self.drawn if r.get("type") == "keypointlabels" and r.get("from_name") == item.control.from_name
+        ]
+        xy, visibility, score = points.xy.copy(), points.visibility.copy(), points.score.copy()
+        for click in clicks:
+            wanted = read_result(item.control, [{**self._named(item, click), "is_positive": True}], *item.size).objects
+            for found in wanted[:1]:
+                at = np.flatnonzero(found.keypoints.placed)
+                if click.get("is_positive") is False:
+                    visibility[at] = Visibility.ABSENT
+                else:
+                    xy[at], visibility[at], score[at] = found.keypoints.xy[at], Visibility.VISIBLE, 1.0
+        return KeypointSet(points.names, xy, visibility, score, points.box) if clicks else points
+
+    def _named(self, item: _Item, click: Json) -> Json:
+        """A click; without a label, the model says which point it is."""
+        value = click["value"]
+        place = [value.get("x"), value.get("y")]
+        if value["keypointlabels"] or not all(isinstance(v, (int, float)) and 0 <= v <= 100 for v in place):
+            return click
+        try:
+            xy = [[float(v) for v in from_percent(np.array(place), *item.size)]]
+            names = self.services.core.name(item.sha, xy, self._load, None, item.control.schema.names, seconds=10.0)
+        except KptError as error:
+            log.warning("project %s: a click without a label could not be named: %s", self.project, error.message)
+            return click
+        label = item.control.label_of(names[0][0]) if names and names[0][0] in item.control.schema.names else None
+        return {**click, "value": {**value, "keypointlabels": [label] if label else []}}
+
+    # ------------------------------------------------------------ support
+
+    def _support(self, control: KeypointControl) -> list[tuple[str, KeypointSet]]:
+        """The frozen examples of a control by the hash of their image; one whose image is not to be had is left out."""
+        examples = []
+        for entry in self.version.support:
+            labelled = entry["controls"].get(control_key(control))
+            points = KeypointSet.from_json(labelled["keypoints"]).reorder(control.schema.names) if labelled else None
+            if points is None or not points.placed.any():
+                continue
+            try:
+                examples.append((self._support_image(entry["task"], labelled["image"]), points))
+            except KptError as error:
+                log.warning("project %s: the support example of task %s cannot be used: %s", self.project,
+                            entry["task"], error.message)  # fmt: skip
+        return examples
+
+    def _support_image(self, number: int, url: str) -> str:
+        """The hash of a support image; it is fetched when it was never seen."""
+        project = self.project
+        with self.services.journal.reading() as session:
+            task = session.get(Task, (project, number))
+        if task is None:
+            raise NotFound(f"Task {number} is not known any more.")
+        sha = task.files.get(url, {}).get("sha256") or self.services.image(project, task, url)[0]
+        self.support_places[sha] = (task, url)
+        return str(sha)
+
+    def _load(self, sha: str) -> bytes:
+        """The bytes that the core asks for."""
+        if sha in self.bytes:
+            return self.bytes[sha]
+        task, url = self.support_places[sha]
+        try:
+            found, data = self.services.image(self.project, task, url)
+            if found != sha:
+                raise NotFound(f"The support image of task {task.task} was replaced by another one.")
+        except KptError:
+            self.lost.add(sha)
+            raise
+        return data
+
+
+def _click(region: Json) -> Json:
+    """A smart keypoint as any other region: it carries its label in value.labels."""
+    value = region.get("value")
+    if isinstance(value, dict) and region.get("type") in ("keypoint", "keypointlabels"):
+        labels = value.get("keypointlabels") or value.get("labels")
+        return {
+            **region,
+            "type": "keypointlabels",
+            "value": {**value, "keypointlabels": labels if isinstance(labels, list) else []},
+        }
+    return region
+
+
+def _list(value: Any) -> list[Json]:
+    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []

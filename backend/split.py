@@ -1,0 +1,98 @@
+"""Which labelled images judge, which teach, which are shown as support examples. Pure functions.
+
+An image is used for one thing only, decided once for its whole group (images of one video or subject) by a hash:
+a *held-out* image judges new versions and is never trained on, never shown as an example. A fifth is held out, at least
+two, from ten labelled images on; with fewer there is nothing to judge yet, and all may serve as support examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+STEPS = (1, 2, 5, 10)  # labelled images at which the support set is chosen anew
+MAX_SUPPORT = STEPS[-1]
+HELDOUT_SHARE = 0.2
+MIN_HELDOUT = 2
+TRAIN, HELDOUT = "train", "heldout"
+RETRY = "+retry"  # ends the model_version of an empty prediction that is worth asking for again
+MADE_HERE = re.compile(r".+\+r\d+\+s\d+(\.[0-9a-f]{6})?(\+retry)?")  # a model_version of ours, of whatever base
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The annotation that speaks for a labelled image: ground truth first, then the newest."""
+
+    row: int  # annotations.id
+    task: int
+    group: str
+    points: int
+    ground_truth: bool = False
+
+
+def step_of(labelled: int) -> int:
+    """The largest of STEPS that the number of labelled images has reached, 0 before the first."""
+    return max((s for s in STEPS if s <= labelled), default=0)
+
+
+def rank(project: str, group: str) -> float:
+    """0…1, the same for ever: its order decides who is held out and, among equals, who is a support example."""
+    return int.from_bytes(hashlib.sha256(f"{project}/{group}".encode()).digest()[:8], "big") / 2**64
+
+
+def quota(images: int) -> int:
+    """How many of so many labelled images are held out."""
+    return max(MIN_HELDOUT, math.ceil(HELDOUT_SHARE * images))
+
+
+def assign(project: str, candidates: list[Candidate], uses: dict[str, str], everything: bool) -> dict[str, str]:
+    """Uses of the groups that have none yet. What `uses` says already stays.
+
+    Groups of the lowest rank are held out until the quota of images is reached. `everything`: all others become
+    training groups; otherwise they stay open.
+    """
+    images: dict[str, int] = {}
+    for candidate in candidates:
+        images[candidate.group] = images.get(candidate.group, 0) + 1
+    judged = sum(n for group, n in images.items() if uses.get(group) == HELDOUT)
+    wanted = quota(len(candidates))
+    new: dict[str, str] = {}
+    for group in sorted((g for g in images if g not in uses), key=lambda g: rank(project, g)):
+        if judged < wanted:
+            new[group] = HELDOUT
+            judged += images[group]
+        elif everything:
+            new[group] = TRAIN
+    return new
+
+
+def choose_support(project: str, candidates: list[Candidate], uses: dict[str, str], count: int) -> list[Candidate]:
+    """At most `count` examples, never a held-out one: ground truth first, then the most complete, then by rank."""
+    open_to_all = [c for c in candidates if uses.get(c.group) != HELDOUT]
+    open_to_all.sort(key=lambda c: (not c.ground_truth, -c.points, rank(project, c.group), c.task))
+    return open_to_all[:count]
+
+
+def version_name(base: str, round_number: int, support: list[Any], names: dict[str, Any]) -> str:
+    """`nano-1a2b3c4d+r2+s5.9f31ab`: base, round, size and content of the support set; `+s0` without one.
+
+    The content includes which names are asked for, so that a changed label config is a new version, too.
+    """
+    if not support:
+        return f"{base}+r{round_number}+s0"
+    meaning = json.dumps([support, {key: sorted(value) for key, value in names.items()}], sort_keys=True)
+    return f"{base}+r{round_number}+s{len(support)}.{hashlib.sha256(meaning.encode()).hexdigest()[:6]}"
+
+
+def adapter_fits(trained: list[Any], names: dict[str, Any]) -> bool:
+    """Whether an adapter may serve a label config: names were only added, or only removed.
+
+    Where some vanished and others appeared, a point may have been renamed to mean something else: the adapter is set
+    aside. The order never matters, since points go by their names everywhere.
+    """
+    now = {name for control in names.values() for name in control}
+    return not trained or set(trained) <= now or now <= set(trained)

@@ -1,0 +1,179 @@
+"""The journal's tables. What they mean stands here; what happens to them, in journal.py.
+
+    projects ──< tasks ──< annotations (all that was ever said, one row per saying)
+       │ └─< groups        what a group of images is used for: training or judging; decided once
+       ├─< versions        every model_version that was ever served or refused, with its figures
+       ├─< jobs            rounds: asked for, running, finished
+       └─< events          what arrived, in order
+    facts, leases          single values shared by all processes
+
+Times named `*_at` are seconds since 1970 (wall clock, to be shown); nothing decides by them. `updated_us` is Label
+Studio's own `updated_at` in microseconds. New columns and tables may be added; none here is derived from another
+file, so that the journal alone is enough to rebuild everything that is served.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Boolean, Float, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+BigKey = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up by itself only for its INTEGER
+
+
+class Base(DeclarativeBase):
+    """The journal's schema."""
+
+    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON}  # noqa: RUF012 - SQLAlchemy's own form
+
+
+class Project(Base):
+    """A Label Studio project and what serves it."""
+
+    __tablename__ = "projects"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    title: Mapped[str] = mapped_column(Text, default="")
+    label_config: Mapped[str] = mapped_column(Text, default="")
+    config_hash: Mapped[str] = mapped_column(String(64), default="")
+    names: Mapped[dict[str, Any]] = mapped_column(default=dict)  # control → names of its points, in order
+    active_version: Mapped[int | None] = mapped_column(BigInteger)  # versions.id; the one pointer to what serves
+    labelled: Mapped[int] = mapped_column(Integer, default=0)  # images with at least one point by a person
+    step: Mapped[int] = mapped_column(Integer, default=0)  # the largest of 1, 2, 5, 10 that `labelled` has reached
+    move_to: Mapped[str | None] = mapped_column(Text)  # Label Studio is still to be moved to this version
+    sweep_due: Mapped[bool] = mapped_column(Boolean, default=True)  # something was missed; do not wait for the minute
+    swept_at: Mapped[float | None] = mapped_column(Float)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+
+
+class Task(Base):
+    """A task's images: where they are and, once they were fetched, which bytes they are."""
+
+    __tablename__ = "tasks"
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
+    task: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    group: Mapped[str] = mapped_column(
+        "group_name", Text
+    )  # images of one group are never split between training and judging
+    images: Mapped[dict[str, Any]] = mapped_column(default=dict)  # key in the task's data → URL
+    files: Mapped[dict[str, Any]] = mapped_column(default=dict)  # URL → {"sha256", "width", "height"} or {"error"}
+    deleted: Mapped[bool] = mapped_column(Boolean, default=False)
+
+
+class Group(Base):
+    """The use of a group, decided once: `train` (support examples, too) or `heldout` (only ever judges)."""
+
+    __tablename__ = "groups"
+    project: Mapped[str] = mapped_column(String(64), primary_key=True)
+    group: Mapped[str] = mapped_column("group_name", String(300), primary_key=True)
+    use: Mapped[str] = mapped_column("used_for", String(16))
+
+
+class Annotation(Base):
+    """One state of one annotation. Rows are only added; `current` marks the newest state of each annotation."""
+
+    __tablename__ = "annotations"
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    project: Mapped[str] = mapped_column(String(64))
+    annotation: Mapped[int] = mapped_column(BigInteger)
+    task: Mapped[int] = mapped_column(BigInteger)
+    updated_us: Mapped[int] = mapped_column(BigInteger)
+    result_hash: Mapped[str] = mapped_column(String(64))
+    result: Mapped[list[Any]] = mapped_column(default=list)
+    labels: Mapped[dict[str, Any]] = mapped_column(default=dict)  # control → {label: how often}
+    points: Mapped[int] = mapped_column(Integer, default=0)  # points whose label the present config knows
+    origins: Mapped[dict[str, Any]] = mapped_column(
+        default=dict
+    )  # manual | prediction | prediction-changed → how often
+    counts: Mapped[bool] = mapped_column(Boolean, default=True)  # made or confirmed by a person
+    why_not: Mapped[str] = mapped_column(Text, default="")
+    ground_truth: Mapped[bool] = mapped_column(Boolean, default=False)
+    completed_by: Mapped[str] = mapped_column(Text, default="")
+    lead_time: Mapped[float | None] = mapped_column(Float)
+    parent_prediction: Mapped[int | None] = mapped_column(BigInteger)
+    deleted: Mapped[bool] = mapped_column(Boolean, default=False)  # a tombstone; it ends this annotation's history
+    current: Mapped[bool] = mapped_column(Boolean, default=True)
+    received_at: Mapped[float] = mapped_column(Float, default=time.time)
+    __table_args__ = (
+        UniqueConstraint("project", "annotation", "updated_us", "result_hash", name="one_saying"),
+        Index("current_annotations", "project", "current", "task"),
+    )
+
+
+class Version(Base):
+    """A model_version: base + adapter of a round + frozen support set."""
+
+    __tablename__ = "versions"
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    project: Mapped[str] = mapped_column(String(64))
+    name: Mapped[str] = mapped_column(Text)
+    base: Mapped[str] = mapped_column(Text)
+    round: Mapped[int] = mapped_column(Integer, default=0)
+    adapter: Mapped[str | None] = mapped_column(Text)
+    trained_names: Mapped[list[Any]] = mapped_column(default=list)  # names that the adapter learned
+    support: Mapped[list[Any]] = mapped_column(default=list)  # see split.support_example
+    config_hash: Mapped[str] = mapped_column(String(64), default="")
+    parent: Mapped[str | None] = mapped_column(Text)  # name of the version that served when this one was made
+    job: Mapped[str | None] = mapped_column(String(40))
+    promoted: Mapped[bool] = mapped_column(Boolean, default=False)
+    reason: Mapped[str] = mapped_column(Text, default="")
+    before: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    after: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    seconds: Mapped[float | None] = mapped_column(Float)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+    __table_args__ = (UniqueConstraint("project", "name", name="one_version"),)
+
+
+class Job(Base):
+    """A round. `open_key` holds the project while it is unfinished: the database itself allows one per project."""
+
+    __tablename__ = "jobs"
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project: Mapped[str] = mapped_column(String(64), index=True)
+    open_key: Mapped[str | None] = mapped_column(String(64), unique=True)
+    state: Mapped[str] = mapped_column(String(16))  # requested | prepared | running | done | failed | cancelled
+    trigger: Mapped[str] = mapped_column("asked_by", Text, default="")
+    round: Mapped[int] = mapped_column(Integer)
+    adapter: Mapped[str | None] = mapped_column(Text)
+    parent: Mapped[int | None] = mapped_column(BigInteger)  # versions.id that served when the snapshot was taken
+    upto: Mapped[int] = mapped_column(BigInteger, default=0)  # annotations.id up to which it knows corrections
+    snapshot: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # the body that is sent to the core
+    snapshot_hash: Mapped[str] = mapped_column(String(64), default="")
+    support: Mapped[list[Any]] = mapped_column(default=list)
+    config_hash: Mapped[str] = mapped_column(String(64), default="")
+    core_job: Mapped[str | None] = mapped_column(Text)
+    progress: Mapped[dict[str, Any]] = mapped_column(default=dict)  # step, steps, loss, eta_seconds
+    message: Mapped[str] = mapped_column(Text, default="")  # what it is doing, or why it ended as it did
+    version: Mapped[str | None] = mapped_column(Text)
+    promoted: Mapped[bool | None] = mapped_column(Boolean)
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+    finished_at: Mapped[float | None] = mapped_column(Float)
+
+
+class Event(Base):
+    """Something that arrived: a webhook, a sweep's finding, a person's click. Annotations are stored in their own table."""
+
+    __tablename__ = "events"
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    project: Mapped[str] = mapped_column(String(64), index=True)
+    action: Mapped[str] = mapped_column(Text)
+    about: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    received_at: Mapped[float] = mapped_column(Float, default=time.time)
+
+
+class Fact(Base):
+    """A single value that all processes share: the core's base, the health of Label Studio, …"""
+
+    __tablename__ = "facts"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[dict[str, Any]] = mapped_column(default=dict)
+
+
+class Lease(Base):
+    """Who does a work that only one process may do. `beat` grows while the owner lives (see keeper.py)."""
+
+    __tablename__ = "leases"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(64))
+    beat: Mapped[int] = mapped_column(BigInteger, default=0)

@@ -1,0 +1,190 @@
+"""Which version of a project exists and serves, inside a transaction of the journal.
+
+The support set is frozen here, as a row of `versions`, and changes only when the number of labelled images reaches 1, 2, 5
+or 10, with a round, or when a changed label config no longer fits it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from backend import split
+from backend.intake import control_key, known_points
+from backend.tables import Annotation, Group, Project, Task, Version
+from kptllm_core.errors import NotFound
+from label_config.annotations import read_result
+from label_config.schema import LabelConfig, parse
+
+
+def unknown_project(project: str) -> NotFound:
+    return NotFound(
+        f"Project {project} is not known here. Connect it: python -m backend connect --url … --token … --project {project}"
+    )
+
+
+def lock_project(session: Session, project: str) -> Project:
+    """The project's row, locked; made if it is new."""
+    row = session.get(Project, project, with_for_update=True)
+    if row is None:
+        row = Project(
+            id=project, title="", label_config="", config_hash="", names={}, labelled=0, step=0, sweep_due=True
+        )
+        session.add(row)
+        session.flush()
+    return row
+
+
+def freeze_version(
+    session: Session, project: str, like: Version, adapter: dict[str, Any] | None, support: list[Any], **figures: Any
+) -> Version:
+    """The version of `like` with another adapter and/or support set; the row of the same name if there is one already.
+
+    adapter: {"name", "round", "names", "base"} of a finished round, or None to keep that of `like`.
+    """
+    row = lock_project(session, project)
+    base = adapter["base"] if adapter else like.base
+    number = adapter["round"] if adapter else like.round
+    name = split.version_name(base, number, support, row.names)
+    version = session.scalar(select(Version).where(Version.project == project, Version.name == name))
+    if version is None:
+        version = Version(project=project, name=name, base=base, round=number, support=support,
+                          adapter=adapter["name"] if adapter else like.adapter,
+                          trained_names=adapter["names"] if adapter else like.trained_names,
+                          config_hash=row.config_hash, parent=like.name or None, **figures)  # fmt: skip
+        session.add(version)
+        session.flush()
+    return version
+
+
+def freeze(session: Session, row: Project, base: str, adapter: Version | None, count: int, reason: str) -> Version:
+    """Choose the support set anew, make it a version and serve it."""
+    config = parse(row.label_config)
+    candidates = candidates_of(session, row.id)
+    uses = uses_of(session, row.id)
+    if count >= split.STEPS[-1]:  # from here on there are enough images to hold some out, before they become examples
+        uses |= decide_uses(session, row.id, candidates, uses, everything=False)
+    chosen = support_entries(session, row.id, config, split.choose_support(row.id, candidates, uses, count))
+    decide = {group: split.TRAIN for _, group in chosen if group not in uses}
+    session.add_all(Group(project=row.id, group=group, use=use) for group, use in decide.items())
+    old = session.get(Version, row.active_version) if row.active_version else None
+    like = Version(base=base, round=adapter.round if adapter else 0, adapter=adapter.adapter if adapter else None,
+                   trained_names=adapter.trained_names if adapter else [], name=old.name if old else "")  # fmt: skip
+    version = freeze_version(session, row.id, like, None, [entry for entry, _ in chosen], promoted=True, reason=reason)
+    row.step = split.step_of(row.labelled)
+    row.active_version, row.move_to = version.id, version.name
+    return version
+
+
+def decide_uses(
+    session: Session, project: str, candidates: list[split.Candidate], uses: dict[str, str], everything: bool
+) -> dict[str, str]:
+    """Hold out as many groups as are due, and remember it; returns what was decided now."""
+    new = split.assign(project, candidates, uses, everything)
+    session.add_all(Group(project=project, group=group, use=use) for group, use in new.items())
+    return new
+
+
+def support_entries(
+    session: Session, project: str, config: LabelConfig, candidates: list[split.Candidate]
+) -> list[tuple[dict[str, Any], str]]:
+    """Frozen examples, each with its group: {"task", "annotation", "controls": {control: {"image": URL, "keypoints": …}}}.
+
+    One object per image and control, the one with the most points. An annotation without a usable object is left out.
+    """
+    entries = []
+    for candidate in candidates:
+        annotation = session.get_one(Annotation, candidate.row)
+        task = session.get(Task, (project, candidate.task))
+        controls = {}
+        for control in config.controls:
+            url = task.images.get(control.image_key) if task else None
+            size = task.files.get(url, {}) if task and url else {}
+            objects = read_result(control, annotation.result, size.get("width"), size.get("height")).objects
+            if url and objects:
+                best = max(objects, key=lambda o: int(o.keypoints.placed.sum()))
+                controls[control_key(control)] = {"image": url, "keypoints": best.keypoints.to_json()}
+        if controls:
+            entries.append(
+                ({"task": candidate.task, "annotation": annotation.annotation, "controls": controls}, candidate.group)
+            )
+    return entries
+
+
+def advance(session: Session, row: Project, config: LabelConfig | None) -> None:
+    """After annotations came or went: count, and freeze a new support set when a step was reached."""
+    session.flush()
+    row.labelled = session.scalar(select(func.count(func.distinct(Annotation.task))).where(*labelled(row.id))) or 0
+    step = split.step_of(row.labelled)
+    version = session.get(Version, row.active_version) if row.active_version else None
+    if step <= row.step or version is None or not row.label_config:
+        row.step = min(step, row.step)  # fewer than before: the step will be reached again
+        return
+    if sizes_missing(session, row.id, config or parse(row.label_config)):
+        return  # the keeper fetches the images, then comes back here
+    freeze(session, row, version.base, version, step, f"{row.labelled} labelled images")
+
+
+def sizes_missing(session: Session, project: str, config: LabelConfig) -> list[tuple[Task, str]]:
+    """Images of labelled tasks whose size nobody told: neither the annotation, nor a fetch (which may have failed for good)."""
+    missing = []
+    keys = {control_key(c): c.image_key for c in config.controls}
+    for candidate in candidates_of(session, project):
+        task = session.get(Task, (project, candidate.task))
+        for region in session.get_one(Annotation, candidate.row).result if task else []:
+            key = keys.get(f"{region.get('from_name')}:{region.get('to_name')}") if isinstance(region, dict) else None
+            url = task.images.get(key) if task and key else None
+            if (
+                task
+                and url
+                and url not in task.files
+                and not (region.get("original_width") and region.get("original_height"))
+            ):
+                missing.append((task, url))
+                break
+    return missing
+
+
+def recount(session: Session, row: Project, config: LabelConfig) -> None:
+    """The label config changed: which points of the stored annotations does it know?"""
+    columns = select(Annotation.id, Annotation.labels, Annotation.points).where(
+        Annotation.project == row.id, Annotation.current
+    )
+    for number, labels, points in session.execute(columns).all():
+        known = known_points(labels, config)
+        if known != points:
+            session.execute(update(Annotation).where(Annotation.id == number).values(points=known))
+    session.flush()
+    row.labelled = session.scalar(select(func.count(func.distinct(Annotation.task))).where(*labelled(row.id))) or 0
+    row.step = split.step_of(row.labelled)
+
+
+def candidates_of(session: Session, project: str) -> list[split.Candidate]:
+    columns = (Annotation.id, Annotation.task, Task.group, Annotation.points, Annotation.ground_truth)
+    query = (
+        select(*columns)
+        .outerjoin(Task, (Task.project == Annotation.project) & (Task.task == Annotation.task))
+        .where(*labelled(project))
+        .order_by(Annotation.task, Annotation.ground_truth.desc(), Annotation.updated_us.desc(), Annotation.id.desc())
+    )
+    best: dict[int, split.Candidate] = {}
+    for number, task, group, points, truth in session.execute(query):
+        best.setdefault(task, split.Candidate(number, task, group or f"task={task}", points, truth))
+    return list(best.values())
+
+
+def uses_of(session: Session, project: str) -> dict[str, str]:
+    rows = session.execute(select(Group.group, Group.use).where(Group.project == project)).all()
+    return {group: use for group, use in rows}  # noqa: C416 - rows, which dict() would take for sequences of unknown length
+
+
+def labelled(project: str) -> tuple[Any, ...]:
+    return (
+        Annotation.project == project,
+        Annotation.current,
+        Annotation.counts,
+        ~Annotation.deleted,
+        Annotation.points > 0,
+    )
