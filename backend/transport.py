@@ -366,20 +366,22 @@ def climbs(path: str) -> bool:
 def _read(response: requests.Response, limit: int, seconds: float) -> bytes:
     """The body, at most `limit` bytes (decoded) and not much longer than `seconds`."""
     until, content = time.monotonic() + seconds, bytearray()
-    try:
-        # read1 comes back after each packet: a server that trickles cannot hold us beyond the limit.
-        while piece := response.raw.read1(65536, decode_content=True):
-            content += piece
-            if len(content) > limit:
-                path = urlsplit(response.url).path
-                raise TooLarge(f"The answer of {path} is larger than the {limit:,} bytes allowed.")
-            if time.monotonic() > until:
-                raise requests.ReadTimeout("the answer took too long")
-    except urllib3.exceptions.ReadTimeoutError as cause:
-        raise requests.ReadTimeout(str(cause)) from None
-    except (urllib3.exceptions.HTTPError, OSError) as cause:
-        raise requests.ConnectionError(str(cause)) from None
-    return bytes(content)
+    while True:
+        try:
+            # read1 comes back after each packet: a server that trickles cannot hold us beyond the limit.
+            piece = response.raw.read1(65536, decode_content=True)
+        except urllib3.exceptions.ReadTimeoutError as cause:
+            raise requests.ReadTimeout(str(cause)) from None
+        except (urllib3.exceptions.HTTPError, OSError) as cause:
+            raise requests.ConnectionError(str(cause)) from None
+        if not piece:
+            return bytes(content)
+        content += piece
+        if len(content) > limit:
+            path = urlsplit(response.url).path
+            raise TooLarge(f"The answer of {path} is larger than the {limit:,} bytes allowed.")
+        if time.monotonic() > until:
+            raise requests.ReadTimeout("the answer took too long")
 
 
 def _says(content: bytes) -> str:

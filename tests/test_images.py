@@ -55,7 +55,8 @@ def foreign() -> Iterator[SmallServer]:
 def fetcher(studio: SmallServer, tmp_path: Path) -> Callable[..., ImageFetcher]:
     def make(**changes: Any) -> ImageFetcher:
         resolver = {"resolver": changes.pop("resolver")} if "resolver" in changes else {}
-        settings = Settings(**({"data_dir": tmp_path, "label_studio_url": studio.url, "image_seconds": 1.0} | changes))
+        usual: dict[str, Any] = {"data_dir": tmp_path, "label_studio_url": studio.url, "image_seconds": 1.0}
+        settings = Settings(**(usual | changes))
         client = LabelStudio(settings.label_studio_url, CANARY, settings.label_studio_ca, pause=0.01)
         return ImageFetcher(settings, client, **resolver)
 
@@ -310,7 +311,7 @@ def test_a_slow_name_server_does_not_hold_us(fetcher: Callable[..., ImageFetcher
         return [host]
 
     start = time.monotonic()
-    with pytest.raises(Unavailable, match="within 0.3 seconds"):
+    with pytest.raises(Unavailable, match=r"within 0\.3 seconds"):
         fetcher(resolver=slow, image_seconds=0.3).fetch(UPLOAD)
     assert time.monotonic() - start < 1.0
 
@@ -430,7 +431,7 @@ def test_many_slow_hops_share_the_time_limit(fetcher: Callable[..., ImageFetcher
         return Answer(302, headers={"Location": UPLOAD})
 
     studio.routes[UPLOAD] = slow
-    with pytest.raises(Unavailable, match="within 0.5 seconds"):
+    with pytest.raises(Unavailable, match=r"within 0\.5 seconds"):
         fetcher(image_seconds=0.5).fetch(UPLOAD)
 
 
@@ -496,7 +497,7 @@ def test_what_is_no_image_is_refused_and_not_kept(
     studio.routes[UPLOAD] = Answer(body=body)
     images = fetcher()
     for _ in range(2):
-        with pytest.raises(ImageError, match="data/upload/1/a.jpg"):
+        with pytest.raises(ImageError, match=r"data/upload/1/a\.jpg"):
             images.fetch(UPLOAD)
     assert len(studio.requests) == 2
 
@@ -562,7 +563,7 @@ def test_by_way_of_a_proxy(
         fetcher(label_studio_url="http://labels.invalid:8080").fetch("s3://b/k.jpg", 1)
     monkeypatch.setenv("HTTPS_PROXY", f"http://{foreign.host}")
     foreign.routes["*"] = Answer(407)
-    with pytest.raises(Unavailable, match="refused the way to labels.invalid:443"):
+    with pytest.raises(Unavailable, match=r"refused the way to labels\.invalid:443"):
         fetcher(label_studio_url="https://labels.invalid").fetch(UPLOAD)
     assert foreign.requests[-1].method == "CONNECT" and CANARY not in str(foreign.requests[-1])
 
