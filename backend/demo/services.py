@@ -7,6 +7,7 @@ itself is killed, the system stops them. Everything listens on 127.0.0.1. Knows 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import os
 import secrets
@@ -15,13 +16,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import requests
 
-from kptllm_core.errors import Unavailable
+from kptllm_core.errors import Conflict, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
@@ -74,6 +76,18 @@ class Login:
         return login
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds the folder for one demo at a time; Conflict when another one runs in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Conflict(f"Another demo runs in {folder}. Stop it with Ctrl-C, or choose another --folder.") from None
+        yield
+
+
 class Service:
     """One child process with its log file. `start` returns when `ready()` is true; `stop` leaves nothing behind."""
 
@@ -89,14 +103,11 @@ class Service:
                 self.command, cwd=ROOT, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
-        end = time.monotonic() + seconds
-        while not ready():
-            if self.process.poll() is not None:
-                raise Unavailable(f"{self.name} ended with code {self.process.returncode}. {self._log_end()}")
-            if time.monotonic() > end:
-                self.stop()
-                raise Unavailable(f"{self.name} did not answer within {seconds:.0f} s. {self._log_end()}")
-            time.sleep(0.3)
+        try:
+            wait_until(ready, self, seconds)
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def running(self) -> bool:
@@ -115,7 +126,8 @@ class Service:
                 self.process.wait()
         self.process = None
 
-    def _log_end(self) -> str:
+    def log_end(self) -> str:
+        """The last lines of its log, for a message."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"The end of {self.log}:\n  " + "\n  ".join(lines[-12:] or ["(empty)"])
 
@@ -140,10 +152,20 @@ def label_studio(executable: Path, folder: Path, login: Login, port: int) -> Ser
 def product(folder: Path, settings: Mapping[str, str]) -> Service:
     """`python -m backend` with these settings: backend and core, under its own supervisor. Not started yet."""
     env = os.environ | {
-        "NO_PROXY": f"{LOOPBACK},localhost", "PYTHONUNBUFFERED": "1", "KPTLLM_DATA": str(folder / "core"),
-        "DATA_DIR": str(folder / "backend"), **settings,
+        "NO_PROXY": f"{LOOPBACK},localhost", "PYTHONUNBUFFERED": "1", "DATA_DIR": str(folder / "backend"), **settings,
     }  # fmt: skip
     return Service("The backend", [sys.executable, "-m", "backend"], env, folder / "backend.log")
+
+
+def wait_until(ready: Callable[[], bool], service: Service, seconds: float) -> None:
+    """Unavailable, with the end of the service's log, when it ends or is not ready in time."""
+    end = time.monotonic() + seconds
+    while not ready():
+        if not service.running:
+            raise Unavailable(f"{service.name} ended. {service.log_end()}")
+        if time.monotonic() > end:
+            raise Unavailable(f"{service.name} did not answer within {seconds:.0f} s. {service.log_end()}")
+        time.sleep(0.3)
 
 
 def answers(url: str) -> Callable[[], bool]:

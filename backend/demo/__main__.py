@@ -1,0 +1,155 @@
+"""`python -m backend.demo`, which `make demo` calls."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from backend.demo import services
+from backend.demo.project import DemoProject
+from backend.demo.samples import Material, choose, from_folder, rendered
+from backend.demo.tour import EXAMPLES, Tour, once
+from backend.label_studio import LabelStudio
+from kptllm_core.errors import KptError, NotFound, Unavailable
+
+RENDERED = 24
+TITLE = "Keypoint model"
+_STARTED = time.monotonic()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when everything that was asked for happened (or a person stopped the demo), 1 with the reason in words."""
+    options = _options(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    try:
+        with services.alone_in(options.folder):
+            material = _material(options)
+            with _running(options) as (label_studio, backend, login):
+                tour = _project(label_studio, backend, material)
+                if options.once:
+                    report = once(tour, options.round_seconds * 4 + 300)
+                else:
+                    _show(tour, material)
+                    _wait(label_studio.url, backend, tour, login, options.folder / "backend.log")
+        print(json.dumps(report, ensure_ascii=False), flush=True)
+    except KptError as error:
+        print(f"\n{error.message}", file=sys.stderr, flush=True)
+        if "report" in error.details:
+            print(json.dumps(error.details["report"], ensure_ascii=False), flush=True)
+        return 1
+    except KeyboardInterrupt:
+        say("Stopped.")
+        return 130 if options.once else 0
+    return 0
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - _STARTED:4.0f} s] {text}", flush=True)
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m backend.demo", description="Label Studio, backend and core on this machine.")
+    parser.add_argument("--images", type=Path, help="folder with your own images (default: rendered insects)")
+    parser.add_argument("--labels", type=Path, help="COCO keypoints of some or all of these images")
+    parser.add_argument("--config", type=Path, help="label config (XML); default: made from the labels, else a template")
+    parser.add_argument("--once", action="store_true", help="do the whole tour and end; the last line is JSON")
+    parser.add_argument("--model", default="nano", help="preset or checkpoint folder (default: nano)")
+    parser.add_argument("--round-seconds", type=float, default=120.0, help="time for training in a round (default: 120)")
+    parser.add_argument("--folder", type=Path, help="where everything is kept (default: .data/demo, with --once .data/tour)")
+    options = parser.parse_args(arguments)
+    options.folder = (options.folder or services.ROOT / ".data" / ("tour" if options.once else "demo")).resolve()
+    if options.labels and not options.images:
+        parser.error("--labels needs --images: the folder with the images that it describes")
+    return options
+
+
+def _material(options: argparse.Namespace) -> Material:
+    if options.images:
+        return from_folder(options.images, options.labels, options.config)
+    return rendered(options.folder / "samples", RENDERED, seed=2026)
+
+
+@contextmanager
+def _running(options: argparse.Namespace) -> Iterator[tuple[LabelStudio, str, services.Login]]:
+    """Label Studio and the product, both answering; stopped in the end, whatever happened."""
+    executable = services.label_studio_executable()
+    if executable is None:
+        raise NotFound("There is no Label Studio. `make setup` installs it; LABEL_STUDIO_BIN names one that is there already.")
+    if options.once:  # a tour starts from nothing
+        for part in ("label-studio", "backend", "core"):
+            shutil.rmtree(options.folder / part, ignore_errors=True)
+    login = services.Login.of(options.folder)
+    at = services.free_port(8080)
+    server = services.label_studio(executable, options.folder / "label-studio", login, at)
+    url = f"http://{services.LOOPBACK}:{at}"
+    try:
+        say(f"Starting Label Studio at {url} (half a minute) ...")
+        server.start(services.answers(f"{url}/health"), 300)
+        port, core = services.free_port(9090), services.free_port(9091)
+        backend = f"http://{services.LOOPBACK}:{port}"
+        product = services.product(options.folder, {
+            "LABEL_STUDIO_URL": url, "LABEL_STUDIO_API_KEY": login.token, "HOST": services.LOOPBACK, "PORT": str(port),
+            "CORE_PORT": str(core), "MODEL": options.model, "ROUND_SECONDS": f"{options.round_seconds:g}",
+        })  # fmt: skip
+        try:
+            say(f"Starting backend and core at {backend} ...")
+            product.start(services.answers(f"{backend}/health"), 180)
+            services.wait_until(services.answers(f"http://{services.LOOPBACK}:{core}/health"), product, 300)
+            yield LabelStudio(url, login.token), backend, login
+        finally:
+            product.stop()
+    finally:
+        server.stop()
+
+
+def _project(label_studio: LabelStudio, backend: str, material: Material) -> Tour:
+    """The project, with the backend attached to it."""
+    say(f"Making the project '{material.title}' of {len(material.pictures)} images ...")
+    project = DemoProject(label_studio, material)
+    mine = f"{backend}/projects/{project.id}"
+    entry = label_studio.attach_backend(project.id, mine, TITLE)
+    label_studio.set_project_model_version(project.id, TITLE)
+    return Tour(project, f"{mine}/status", int(entry["id"]), say)
+
+
+def _show(tour: Tour, material: Material) -> None:
+    """A few labelled examples where there is truth, and predictions for the rest."""
+    examples = choose(material.labelled, EXAMPLES)
+    if examples:
+        tour.label(examples)
+    tour.predict([picture for picture in material.pictures if picture not in examples])
+
+
+def _wait(url: str, backend: str, tour: Tour, login: services.Login, log: Path) -> NoReturn:
+    """Until Ctrl-C."""
+    print(
+        f"\n  Label Studio   {url}/projects/{tour.project.id}/data"
+        f"\n  login          {login.email}   password  {login.password}"
+        f"\n  backend        {backend}/   (its versions and rounds)"
+        f"\n  serves now     {tour.version}"
+        "\n\n  Open a task: the points are there. Correct them and press Submit; from 10 labelled images on,"
+        "\n  Settings → Model → Start training makes a new version. Ctrl-C stops everything.\n",
+        flush=True,
+    )
+    while True:
+        time.sleep(2.0)
+        if not services.answers(f"{backend}/health")():
+            raise Unavailable(f"The backend at {backend} does not answer any more; its log: {log}.")
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
