@@ -92,18 +92,18 @@ class Engine:
                 self._activate(None)
                 return self.predictor.name_points(image, request.xy, box=request.box, candidates=request.candidates)
 
-    def _predict_batch(self, request: PredictRequest, queries: Sequence[Query | InvalidInput]) -> list[dict[str, Any]]:
+    def _predict_batch(self, request: PredictRequest, queries: Sequence[Query | InvalidInput | TooLarge]) -> list[dict[str, Any]]:
         support = self._examples(request.support)
         results: list[dict[str, Any]] = [{} for _ in queries]
-        ready: list[tuple[int, np.ndarray, np.ndarray | None]] = []  # place in the batch, image, box
+        ready: list[tuple[int, np.ndarray, Query]] = []  # place in the batch, its pixels, what was asked
         for at, query in enumerate(queries):
             try:
-                if isinstance(query, InvalidInput):
+                if not isinstance(query, Query):
                     raise query
-                ready.append((at, self._pixels.get(query.image), query.box))
+                ready.append((at, self._pixels.get(query.image), query))
             except (InvalidInput, TooLarge) as error:
                 results[at] = {"error": error.to_json()}
-        answers = self._predict(request, support, [image for _, image, _ in ready], [box for _, _, box in ready])
+        answers = self._predict(request, support, [image for _, image, _ in ready], [query for _, _, query in ready])
         for (at, image, _), answer in zip(ready, answers, strict=True):
             if isinstance(answer, KptError):
                 results[at] = {"error": answer.to_json()}
@@ -112,14 +112,15 @@ class Engine:
         return results
 
     def _predict(self, request: PredictRequest, support: list[Example], images: list[np.ndarray],
-                 boxes: list[np.ndarray | None]) -> list[KeypointSet | KptError]:  # fmt: skip
+                 queries: list[Query]) -> list[KeypointSet | KptError]:  # fmt: skip
         """The whole batch at once; where that fails, each image alone, so that only the guilty one has an error."""
         if not images:
             return []
         try:
             with self._device, _memory_errors():
                 self._activate(request.adapter)
-                return list(self.predictor.predict(images, request.schema, support=support, boxes=boxes, prompt=request.prompt))
+                return list(self.predictor.predict(images, request.schema, support=support, boxes=[q.box for q in queries], prompt=request.prompt,
+                                                   fixed=[q.fixed for q in queries]))  # fmt: skip
         except KptError as error:
             if error.code == "artifact":
                 raise  # no image is to blame
@@ -130,7 +131,7 @@ class Engine:
             log.exception("Predicting %d image(s) failed.", len(images))
             if len(images) == 1:
                 return [KptError("The model failed on this image. The core's log says more.", code="internal")]
-        return [answer for i in range(len(images)) for answer in self._predict(request, support, images[i : i + 1], boxes[i : i + 1])]
+        return [answer for i in range(len(images)) for answer in self._predict(request, support, images[i : i + 1], queries[i : i + 1])]
 
     def _activate(self, name: str | None) -> None:
         """Switches the Predictor to an adapter, or to the bare base. The caller holds the device."""

@@ -40,10 +40,12 @@ class Labelled:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """`box`: (4,) x, y, w, h in pixels of the oriented image, or None: find the object."""
+    """`box`: (4,) x, y, w, h in pixels of the oriented image, or None: find the object. `fixed`: points that are given
+    (a person's click) and that the others must agree with."""
 
     image: str
     box: np.ndarray | None
+    fixed: KeypointSet | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,7 @@ class PredictRequest:
     adapter: str | None
     prompt: str
     support: tuple[Labelled, ...]
-    queries: tuple[Query | InvalidInput, ...]  # an unusable query is answered with its error, beside the others
+    queries: tuple[Query | InvalidInput | TooLarge, ...]  # an unusable query is answered with its error, beside the others
 
     @classmethod
     def from_json(cls, body: Any) -> PredictRequest:
@@ -66,7 +68,7 @@ class PredictRequest:
         support = _each(data.get("support", []), "support", MAX_SUPPORT, lambda item, at: _labelled(item, at, schema))
         if prompt in ("visual", "both") and not support:
             raise InvalidInput(f"prompt '{prompt}' needs support examples and there are none. Send support, or ask with prompt 'text'.")
-        queries = _each(data["queries"], "queries", MAX_QUERIES, _query)
+        queries = _each(data["queries"], "queries", MAX_QUERIES, lambda item, at: _query(item, at, schema))
         return cls(schema, None if adapter is None else check_adapter_name(adapter), prompt, support, queries)
 
     def images(self) -> list[str]:
@@ -187,7 +189,15 @@ def read_schema(value: Any) -> KeypointSchema:
 
 def _labelled(item: Any, at: str, schema: KeypointSchema) -> Labelled:
     data = _object(item, at, ("image", "keypoints"), ("group",))
-    names = data["keypoints"].get("names", []) if isinstance(data["keypoints"], dict) else []
+    group = data.get("group", "")
+    if not isinstance(group, str) or len(group) > MAX_NAME:
+        raise InvalidInput(f"{at}: group is a string of at most {MAX_NAME} characters; found {_short(group)}.")
+    return Labelled(check_sha(data["image"]), _points(data["keypoints"], at, schema), group)
+
+
+def _points(value: Any, at: str, schema: KeypointSchema) -> KeypointSet:
+    """A keypoint set in the order of the schema; what it does not name is not labelled."""
+    names = value.get("names", []) if isinstance(value, dict) else []
     if isinstance(names, list):
         if len(names) > MAX_KEYPOINTS:
             raise TooLarge(f"{at} has {len(names)} keypoints; at most {MAX_KEYPOINTS} are supported.")
@@ -199,24 +209,19 @@ def _labelled(item: Any, at: str, schema: KeypointSchema) -> Labelled:
         raise InvalidInput(f"{at}: keypoints.names is a list of names; found {_short(names)}.")
     try:
         with np.errstate(over="ignore"):  # what overflows is refused as not finite
-            keypoints = KeypointSet.from_json(data["keypoints"])
+            return KeypointSet.from_json(value).reorder(schema.names)
     except InvalidInput as error:
         raise type(error)(f"{at}: {error.message}") from None
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"{at}: the keypoints cannot be read: {_short(str(error))}.") from None
-    group = data.get("group", "")
-    if not isinstance(group, str) or len(group) > MAX_NAME:
-        raise InvalidInput(f"{at}: group is a string of at most {MAX_NAME} characters; found {_short(group)}.")
-    return Labelled(check_sha(data["image"]), keypoints.reorder(schema.names), group)
 
 
-def _query(item: Any, at: str) -> Query | InvalidInput:
+def _query(item: Any, at: str, schema: KeypointSchema) -> Query | InvalidInput | TooLarge:
     try:
         data = _object(item, at, ("image",), ("box", "fixed"))
-        if data.get("fixed") is not None:
-            raise InvalidInput(f"{at}: fixed points are not supported by this core; send null.")
-        return Query(check_sha(data["image"]), _box(data.get("box"), f"{at}.box"))
-    except InvalidInput as error:
+        fixed = None if data.get("fixed") is None else _points(data["fixed"], f"{at}.fixed", schema)
+        return Query(check_sha(data["image"]), _box(data.get("box"), f"{at}.box"), fixed)
+    except (InvalidInput, TooLarge) as error:
         return error
 
 

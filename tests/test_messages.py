@@ -25,19 +25,21 @@ def round_body(**changes: Any) -> dict[str, Any]:
 
 
 def test_points_follow_the_order_of_the_schema_by_name() -> None:
-    asked = PredictRequest.from_json(predict_body(queries=[{"image": B, "box": [1, 2, 3, 4], "fixed": None}]))
+    asked = PredictRequest.from_json(predict_body(queries=[{"image": B, "box": [1, 2, 3, 4], "fixed": {**POINTS, "names": ["tail", "nose"]}}]))
     keypoints = asked.support[0].keypoints
     assert keypoints.names == ("nose", "tail") and keypoints.xy.tolist() == [[3, 4], [1, 2]] and keypoints.visibility.tolist() == [1, 2]
     assert asked.images() == [A, B] and asked.prompt == "auto" and asked.adapter is None
     (query,) = asked.queries
     assert isinstance(query, Query) and query.box is not None and query.box.tolist() == [1, 2, 3, 4]
+    assert query.fixed is not None and query.fixed.names == ("nose", "tail")
 
 
 def test_an_unusable_query_is_kept_as_its_error() -> None:
     wrong = [{"image": "nonsense"}, {"image": B, "box": [0, 0, 0, 5]}, {"image": B, "box": [0, 0, 1e40, 5]}, {"image": B, "box": "x"}, 7,
-             {"image": B, "fixed": [1]}, {"image": B, "boks": None}, {"image": B, "box": [0, 0, True, 5]}]  # fmt: skip
+             {"image": B, "fixed": [1]}, {"image": B, "fixed": {**POINTS, "names": ["a", "b"]}},
+             {"image": B, "boks": None}, {"image": B, "box": [0, 0, True, 5]}]  # fmt: skip
     asked = PredictRequest.from_json(predict_body(queries=[*wrong, {"image": B}]))
-    assert [type(q) for q in asked.queries] == [InvalidInput] * len(wrong) + [Query]
+    assert [isinstance(q, InvalidInput) for q in asked.queries] == [True] * len(wrong) + [False]
 
 
 @pytest.mark.parametrize(("change", "error", "says"), [
