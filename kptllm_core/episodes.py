@@ -16,6 +16,7 @@ from PIL import Image
 
 from kptllm_core.dataset import Sample
 from kptllm_core.geometry import CROP_FACTOR, Crop, similarity_crop
+from kptllm_core.imaging import PAPER, warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.synthetic import Category
 
@@ -171,19 +172,6 @@ def make_episode(rng: np.random.Generator, pairs: Sequence[tuple[np.ndarray, Key
     return Episode(np.stack(images), xy[:, order], visibility[:, order], np.array(sizes, np.float32), names)
 
 
-def warp(image: np.ndarray, crop: Crop) -> np.ndarray:
-    """(H, W, 3) uint8 → the crop (S, S, 3) uint8, mean grey outside. Large images are reduced first, so that nothing aliases."""
-    factor = max(int(1 / max(crop.scale, 1e-6) / 1.5), 1)
-    picture = Image.fromarray(image)
-    matrix = crop.matrix
-    if factor > 1:
-        picture = picture.reduce(factor)
-        matrix = matrix * np.array([[factor, factor, 1.0]])
-    inverse = np.linalg.inv(np.concatenate([matrix, [[0.0, 0.0, 1.0]]]))[:2]
-    return np.asarray(picture.transform((crop.size, crop.size), Image.Transform.AFFINE, tuple(inverse.flatten()), Image.Resampling.BILINEAR,
-                                        fillcolor=(124, 116, 104)))  # fmt: skip
-
-
 def structured_points(rng: np.random.Generator, image: np.ndarray, corner: np.ndarray, window: float, count: int) -> np.ndarray:
     """(count, 2) points in a window, drawn by the strength of the image's gradient."""
     tries = corner + rng.random((count * 6, 2)) * window * 0.98
@@ -222,7 +210,7 @@ def _bend(rng: np.random.Generator, image: np.ndarray, xy: np.ndarray) -> tuple[
             low, high = min(top + step, size), min(left + step, size)
             quad = field(np.array([[left, top], [left, low], [high, low], [high, top]], np.float64))
             mesh.append(((left, top, high, low), tuple(quad.flatten())))
-    bent = Image.fromarray(image).transform((size, size), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR, fillcolor=(124, 116, 104))
+    bent = Image.fromarray(image).transform((size, size), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR, fillcolor=PAPER)
     new = xy.copy()
     for _ in range(8):  # fixed-point inversion: field(new) = xy
         new = new + (xy - field(new))

@@ -40,6 +40,7 @@ from kptllm_core.protocol import (
     stream,
     true_box,
     turn,
+    with_box,
 )
 from kptllm_core.report import Measured, NamedPoint, Pair
 from kptllm_core.scoring import CopyPredictor, Question, predict_and_measure, score_predictor
@@ -201,7 +202,8 @@ class _Reader:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 self.unreadable.add(path)
                 continue
-            found.append((*turn(image, query.sample.keypoints.reorder(schema.names), query.degrees), query))
+            truth = with_box(query.sample.keypoints.reorder(schema.names), image)
+            found.append((*turn(image, truth, query.degrees), query))
         return found
 
 
@@ -216,8 +218,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `python -m kptllm_core evaluate`."""
     default = Options()
     add = parser.add_argument
-    number = {"type": int, "metavar": "N"}
-    folder = {"type": Path, "metavar": "DIR"}
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    folder: dict[str, Any] = {"type": Path, "metavar": "DIR"}
     add("--model", default="nano", help="preset (nano, tiny) or checkpoint folder (default: %(default)s)")
     add("--untrained", action="store_true", help="random weights of the same architecture: what the training is worth")
     add("--adapter", **folder, help="LoRA adapter folder made for this model")

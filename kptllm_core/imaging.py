@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from kptllm_core.errors import ImageError, TooLarge
+from kptllm_core.geometry import Crop
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM")
+PAPER = (124, 116, 104)  # what lies outside an image, in a crop: the mean colour of photographs
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -48,6 +50,19 @@ def read_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> np.n
         return np.ascontiguousarray(_to_rgb(image))
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         raise ImageError(f"The image ({image.format or 'unknown format'}, {len(source)} bytes) is damaged or cut short: {error}.") from None
+
+
+def warp(image: np.ndarray, crop: Crop) -> np.ndarray:
+    """(H, W, 3) uint8 → the crop (S, S, 3) uint8, mean grey outside. Large images are reduced first, so that nothing aliases."""
+    factor = max(int(1 / max(crop.scale, 1e-6) / 1.5), 1)
+    picture = Image.fromarray(image)
+    matrix = crop.matrix
+    if factor > 1:
+        picture = picture.reduce(factor)
+        matrix = matrix * np.array([[factor, factor, 1.0]])
+    inverse = np.linalg.inv(np.concatenate([matrix, [[0.0, 0.0, 1.0]]]))[:2]
+    size = (crop.size, crop.size)
+    return np.asarray(picture.transform(size, Image.Transform.AFFINE, tuple(inverse.flatten()), Image.Resampling.BILINEAR, fillcolor=PAPER))
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

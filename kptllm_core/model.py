@@ -65,7 +65,7 @@ class KptLLM(nn.Module):
         parts = [correlation.sample(correlation.describe(f), xy[:, s]) for s, f in enumerate(features)]
         weight = self.shots(tokens, known)
         token = (tokens * weight.unsqueeze(-1).to(tokens.dtype)).sum(1)
-        layout = (xy * weight.unsqueeze(-1)).sum(1)
+        layout = torch.where(known.any(1).unsqueeze(-1), (xy * weight.unsqueeze(-1)).sum(1), 0.5)
         descriptor = tuple(torch.stack(level, 1) for level in zip(*parts, strict=True))
         return Support(token, descriptor, weight, known.any(1), layout)  # type: ignore[arg-type]
 

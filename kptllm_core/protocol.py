@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from kptllm_core.dataset import Sample, load_coco
-from kptllm_core.episodes import warp
 from kptllm_core.errors import DataError
-from kptllm_core.geometry import similarity_crop
+from kptllm_core.geometry import box_of_points, similarity_crop
+from kptllm_core.imaging import warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 
 BOXES = ("given", "jittered", "found")
@@ -202,12 +202,26 @@ def turn(image: np.ndarray, truth: KeypointSet, degrees: float) -> tuple[np.ndar
     return warp(image, canvas), turned
 
 
-def true_box(truth: KeypointSet) -> np.ndarray:
-    """(4,) float64 x, y, w, h of a labelled object; DataError for one without box and points."""
-    box = truth.object_box()
-    if box is None:
+def with_box(truth: KeypointSet, image: np.ndarray) -> KeypointSet:
+    """The same object with a box of some area: its own, else the padded hull of its points, as the predictor takes it.
+
+    A single point without a box is given a tenth of the image. DataError for an object with neither box nor points.
+    """
+    if truth.box is not None and min(truth.box[2:]) > 0:
+        return truth
+    points = truth.xy[truth.placed]
+    if not len(points):
         raise DataError("An object has neither a box nor a labelled point; it cannot be evaluated.")
-    return np.asarray(box, np.float64)
+    box = box_of_points(points, 0.1)
+    if max(box[2:]) <= 2:
+        box = box_of_points(points, 0.05 * max(image.shape[:2]))
+    return KeypointSet(truth.names, truth.xy, truth.visibility, truth.score, box)
+
+
+def true_box(truth: KeypointSet) -> np.ndarray:
+    """(4,) float64 x, y, w, h of an object that went through `with_box`."""
+    assert truth.box is not None
+    return np.asarray(truth.box, np.float64)
 
 
 def box_handed(box: np.ndarray, how: str, jitter: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> np.ndarray | None:

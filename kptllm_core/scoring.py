@@ -15,7 +15,7 @@ import numpy as np
 from kptllm_core import metrics, report
 from kptllm_core.errors import InvalidInput
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
-from kptllm_core.protocol import box_handed, true_box
+from kptllm_core.protocol import box_handed, true_box, with_box
 from kptllm_core.report import Measured
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class CopyPredictor:
         offsets, placed = [], []
         for example in support:
             points = example.keypoints.reorder(names)
-            box = true_box(example.keypoints)
+            box = true_box(with_box(example.keypoints, example.image))
             offsets.append((points.xy - (box[:2] + box[2:] / 2)) / max(box[2:].max(), 1.0))
             placed.append(points.placed)
         known = np.array(placed)  # (shots, K)
@@ -125,14 +125,15 @@ def score_predictor(
 ) -> dict[str, Any]:
     """The accuracy on labelled images as serving would answer them.
 
-    Every placed point of the truth counts; objects without any are left out.
+    Every placed point of the truth counts; objects without any are left out. The unit is the truth's box, see `with_box`.
     samples: (image (H, W, 3) uint8, truth) each; boxes: `found` hands over no box, `given` the true one.
     Returns {"pck": {"0.02", "0.05", "0.1", "0.2"}, "nme": float or None without points, "points": n, "images": n}.
     """
     if boxes not in ("found", "given"):
         raise InvalidInput(f"boxes '{boxes}' is not known. Expected found or given.")
-    truths = [(image, truth.reorder(schema.names)) for image, truth in samples]
-    questions = [Question(i, t, box_handed(true_box(t), boxes)) for i, t in truths if t.placed.any()]
+    ordered = [(image, truth.reorder(schema.names)) for image, truth in samples]
+    truths = [(image, with_box(truth, image)) for image, truth in ordered if truth.placed.any()]
+    questions = [Question(image, truth, box_handed(true_box(truth), boxes)) for image, truth in truths]
     measured: list[Measured] = []
     for start in range(0, len(questions), BATCH):
         measured += predict_and_measure(predictor, questions[start : start + BATCH], schema, support)[0]

@@ -1,0 +1,139 @@
+"""Episodes → a batch of tensors → the loss. `L_LM + 2·L_position` of the paper, with heatmaps, visibility and confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kptllm_core.episodes import Episode
+from kptllm_core.keypoints import Visibility
+from kptllm_core.language import Questions, write_questions
+from kptllm_core.model import Asked, KptLLM
+
+SIGMA = 1.0  # of a heatmap's target, cells
+NEAR = 0.1  # a point is right if it lies within this share of the object's size
+PROMPTS = ("both", "visual", "text")
+PROMPT_SHARE = (0.45, 0.3, 0.25)
+
+Batch = dict[str, Tensor]
+
+
+def collate(episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase, rng: np.random.Generator) -> Batch:
+    """Every view of every episode is a query with the other views as support (a random number of them).
+
+    images (B, 3, S, S) uint8; xy (B, K, 2), visibility (B, K), valid (B, K): the query's points, padded to K;
+    size (B,); shots (B, V-1) indices into the batch, shot_on (B, V-1); tokens, prompted, length: the questions;
+    named (B, K); clicked (B, K): points that are given, as by a person's click.
+    """
+    views = episodes[0].images.shape[0]
+    count = max(e.xy.shape[1] for e in episodes)
+    rows: list[dict[str, Any]] = []
+    for number, episode in enumerate(episodes):
+        k = episode.xy.shape[1]
+        prompt = "visual" if episode.names is None else rng.choice(PROMPTS, p=PROMPT_SHARE)
+        names = [None] * k if prompt == "visual" else list(episode.names)  # type: ignore[arg-type]
+        questions = write_questions(tokenizer, names, [prompt != "text"] * k)
+        for view in range(views):
+            others = [number * views + v for v in rng.permutation(views) if v != view]
+            shots = 0 if prompt == "text" else int(rng.integers(1, views))
+            rows.append({"questions": questions, "shots": others, "shot_on": [i < shots for i in range(views - 1)], "valid": [True] * k + [False] * (count - k)})
+    width = max(r["questions"].tokens.shape[1] for r in rows)
+    tokens = np.full((len(rows), count, width), tokenizer.pad_token_id, np.int64)
+    prompted, length, named = (np.zeros((len(rows), count), t) for t in (bool, np.int64, bool))
+    for i, row in enumerate(rows):
+        q: Questions = row["questions"]
+        k, t = q.tokens.shape
+        tokens[i, :k, :t], prompted[i, :k], length[i, :k], named[i, :k] = q.tokens, q.prompted, q.length, q.named
+    pad = lambda a: np.concatenate([np.pad(getattr(e, a), [(0, 0), (0, count - e.xy.shape[1])] + [(0, 0)] * (getattr(e, a).ndim - 2)) for e in episodes])  # noqa: E731
+    arrays = {"images": np.concatenate([e.images for e in episodes]).transpose(0, 3, 1, 2), "xy": pad("xy"), "visibility": pad("visibility").astype(np.int64),
+              "size": np.concatenate([e.size for e in episodes]), "shots": np.array([r["shots"] for r in rows]), "shot_on": np.array([r["shot_on"] for r in rows]),
+              "valid": np.array([r["valid"] for r in rows]), "tokens": tokens, "prompted": prompted, "length": length, "named": named,
+              "clicked": (rng.random((len(rows), 1)) < 0.2) & (rng.random((len(rows), count)) < 0.15)}  # fmt: skip
+    return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
+
+
+def placed(visibility: Tensor) -> Tensor:
+    """True where a point has a position."""
+    return (visibility == Visibility.VISIBLE) | (visibility == Visibility.OCCLUDED)
+
+
+def loss_of(model: KptLLM, batch: Batch, naming: int = 8) -> tuple[Tensor, dict[str, float]]:
+    """The loss of a batch and its parts. The first `naming` views also name their own points."""
+    xy, visibility, valid = batch["xy"], batch["visibility"], batch["valid"]
+    features = model.encode(batch["images"])
+    shots = [features[batch["shots"][:, s]] for s in range(batch["shots"].shape[1])]
+    known = (placed(visibility) & valid)[batch["shots"]] & batch["shot_on"].unsqueeze(-1)
+    support = model.support(shots, xy[batch["shots"]], known)
+    asked = Asked(batch["tokens"], batch["prompted"] & support.known, batch["length"], valid)
+    states, state = model.ask(features, support, support.token, asked)
+    heat = model.locate(features, support, state)
+    answer = model.refine(heat, features, support, state, valid, fixed=batch["clicked"] & placed(visibility) & valid, fixed_xy=xy)
+
+    findable = support.known | batch["named"]
+    weight = (placed(visibility) & valid & findable).float() * torch.where(visibility == Visibility.OCCLUDED, 0.5, 1.0)
+    weight = weight / weight.sum().clamp(min=1)
+    target = heat_target(xy, heat.shape[-2], heat.shape[-1])
+    free = weight * ~(batch["clicked"] & placed(visibility))
+    far = (answer.xy - xy).norm(dim=-1)
+    right = (far.detach() < NEAR * batch["size"].unsqueeze(-1)).float()
+    classes = visibility - 1
+    judged = valid & findable & (classes >= 0)
+    parts = {
+        "heat": (weight * cross_entropy(heat, target)).sum(),
+        "refined": (free * cross_entropy(answer.heat, target)).sum(),
+        "position": (free * (answer.xy - xy).abs().sum(-1)).sum() + 0.5 * (weight * (answer.anchor - xy).abs().sum(-1)).sum(),
+        "words": words_loss(model, states, batch["tokens"], batch["length"], batch["named"] & batch["prompted"] & support.known & valid),
+        "visibility": F.cross_entropy(answer.visibility[judged], classes[judged]) if judged.any() else heat.sum() * 0,
+        "confidence": (weight * F.binary_cross_entropy_with_logits(answer.confidence, right, reduction="none")).sum(),
+    }
+    if naming:
+        parts["naming"] = naming_loss(model, features, batch, naming)
+    weights = {"heat": 0.5, "refined": 1.0, "position": 2.0, "words": 0.25, "naming": 0.25, "visibility": 0.2, "confidence": 0.3}
+    total = torch.stack([weights[k] * v.float() for k, v in parts.items()]).sum()
+    with torch.no_grad():
+        scores = {k: float(v.detach()) for k, v in parts.items()}
+        scores["pck"] = float((free * right).sum() / free.sum().clamp(min=1e-6))
+    return total, scores
+
+
+def naming_loss(model: KptLLM, features: Any, batch: Batch, count: int) -> Tensor:
+    """The third task: the image itself, and the place of a point in it; what is it called?"""
+    rows = torch.nonzero(batch["named"].any(1)).flatten()[:count]
+    if not len(rows):
+        return features.fine.sum() * 0
+    xy, some = batch["xy"][rows], features[rows]
+    shown = placed(batch["visibility"][rows]) & batch["valid"][rows]
+    token = model.extractor(some, xy)
+    empty = model.no_support(len(rows), 1, xy.device)
+    asked = Asked(batch["tokens"][rows], shown, batch["length"][rows], batch["valid"][rows])
+    states, _ = model.ask(some, empty, token, asked)
+    return words_loss(model, states, batch["tokens"][rows], batch["length"][rows], shown & batch["named"][rows])
+
+
+def words_loss(model: KptLLM, states: Tensor, tokens: Tensor, length: Tensor, rows: Tensor) -> Tensor:
+    """Cross-entropy of the name's tokens, <keypoint> included, after <is>. rows: (B, K) bool, which segments count."""
+    slot = torch.arange(tokens.shape[-1] - 1, device=tokens.device)
+    told = rows.unsqueeze(-1) & (slot >= Questions.IS_SLOT) & (slot < length.unsqueeze(-1) - 1)
+    if not told.any():
+        return states.sum() * 0
+    return F.cross_entropy(model.words(states[:, :, :-1][told]).float(), tokens[:, :, 1:][told])
+
+
+def heat_target(xy: Tensor, height: int, width: int) -> Tensor:
+    """(B, K, 2) in 0…1 → (B, K, H, W) Gaussians that sum to 1."""
+    x = torch.arange(width, device=xy.device) + 0.5
+    y = torch.arange(height, device=xy.device) + 0.5
+    across = (-(x - xy[..., :1] * width).square() / (2 * SIGMA**2)).softmax(-1)
+    down = (-(y - xy[..., 1:] * height).square() / (2 * SIGMA**2)).softmax(-1)
+    return down.unsqueeze(-1) * across.unsqueeze(-2)
+
+
+def cross_entropy(heat: Tensor, target: Tensor) -> Tensor:
+    """(B, K, H, W) logits and target → (B, K)."""
+    return -(target.flatten(2) * heat.float().flatten(2).log_softmax(-1)).sum(-1)

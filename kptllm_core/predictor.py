@@ -1,0 +1,324 @@
+"""Images in, KeypointSets out, in pixels of the original image. What serving, evaluation and the command line all use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kptllm_core.adapters import AdapterSwitch
+from kptllm_core.checkpoint import Checkpoint, load_adapter, load_checkpoint
+from kptllm_core.decoder import Answer, Support, peak
+from kptllm_core.errors import InvalidInput
+from kptllm_core.geometry import Crop, box_of_points, clip_box, crop_of_box, crop_of_image, similarity_crop
+from kptllm_core.imaging import warp
+from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
+from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
+from kptllm_core.model import Asked
+
+PROMPTS = ("auto", "visual", "text", "both")
+MAX_SHOTS = 10
+BATCH = 8  # crops in one pass
+WINDOW = 2.4  # side of a search window, in sides of the support's objects
+MAX_WINDOWS = 25
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One support example. image: (H, W, 3) uint8; keypoints in its pixels."""
+
+    image: np.ndarray
+    keypoints: KeypointSet
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A support set, encoded twice: cropped to its objects, and as whole images (to find the object with)."""
+
+    tight: Support
+    whole: Support
+    margin: np.ndarray
+    """(4,) how far the objects' boxes reach beyond their points on the left, top, right, bottom; shares of the points' extent."""
+    share: float
+    """Median of box side over image side."""
+
+
+def load_predictor(model: str | Path, adapter: str | Path | None = None, device: str = "auto", untrained: bool = False) -> Predictor:
+    """A preset ("nano", "tiny") or a checkpoint folder, and perhaps an adapter. ArtifactError says what is wrong with a file."""
+    predictor = Predictor(load_checkpoint(model, untrained), device)
+    if adapter is not None:
+        predictor.use_adapter(adapter)
+    return predictor
+
+
+class Predictor:
+    """One resident model. Not thread-safe: one caller at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = torch.device(name)
+        self.model = checkpoint.model.to(self.device).eval()
+        self.tokenizer = checkpoint.tokenizer
+        self.base = checkpoint.base
+        self.adapter: str | None = None
+        self._switch: AdapterSwitch | None = None
+        self._supports: OrderedDict[str, _Prepared] = OrderedDict()
+
+    @property
+    def size(self) -> int:
+        """Side of the model's crops, pixels."""
+        return self.model.config.image_size
+
+    def use_adapter(self, folder: str | Path | None) -> None:
+        """Switches to an adapter, or back to the base with None. ArtifactError on a mismatch; then nothing changes."""
+        if folder is None and self._switch is None:
+            return
+        tensors = None if folder is None else load_adapter(folder, self.base).tensors
+        self._switch = self._switch or AdapterSwitch(self.model)
+        self._switch.put(tensors)
+        self.model.eval()
+        self.adapter = None if folder is None else Path(folder).name
+        self._supports.clear()
+
+    def predict(self, images: Sequence[np.ndarray], schema: KeypointSchema, support: Sequence[Example] = (),
+                boxes: Sequence[np.ndarray | None] | None = None, prompt: str = "auto", asked: Sequence[str] | None = None,
+                fixed: Sequence[KeypointSet | None] | None = None) -> list[KeypointSet]:  # fmt: skip
+        """The points of one object in each image.
+
+        images: (H, W, 3) uint8 each. boxes: (x, y, w, h) in pixels each; None finds the object in the whole image.
+        prompt: "visual" looks at the support, "text" reads the names, "both" does both; "auto" is both where there is
+        support, else text. asked: some of the names; the answer then comes before the points of the object have
+        corrected each other. fixed: points that are given (a person's click) and that the others must agree with.
+        Returns one KeypointSet for each image, in the schema's order (or that of `asked`), with its box.
+        """
+        if prompt not in PROMPTS:
+            raise InvalidInput(f"Unknown prompt '{prompt}'. Expected one of {', '.join(PROMPTS)}.")
+        if prompt in ("visual", "both") and not support:
+            raise InvalidInput(f"A {prompt} prompt needs support examples; none were given. Label an image, or ask by text.")
+        if len(support) > MAX_SHOTS:
+            raise InvalidInput(f"{len(support)} support examples were given; at most {MAX_SHOTS} are used together.")
+        boxes = [None] * len(images) if boxes is None else list(boxes)
+        fixed = [None] * len(images) if fixed is None else list(fixed)
+        if not len(images) == len(boxes) == len(fixed):
+            raise InvalidInput(f"{len(images)} images came with {len(boxes)} boxes and {len(fixed)} sets of fixed points; expected one for each.")
+        for box in boxes:
+            if box is not None and not (np.isfinite(box).all() and box[2] > 0 and box[3] > 0):
+                raise InvalidInput(f"The box {np.asarray(box).tolist()} has no area. Expected x, y, width, height in pixels.")
+        with torch.inference_mode():
+            prepared = self._prepare(schema, support) if support and prompt != "text" else None
+            named = prompt != "visual"
+            order = None if asked is None else [schema.index(n) for n in asked]
+            found = [b if b is not None else self._find(i, schema, prepared, named) for i, b in zip(images, boxes, strict=True)]
+            crops = [crop_of_image(i.shape[1], i.shape[0], self.size) if b is None else crop_of_box(b, self.size) for i, b in zip(images, found, strict=True)]
+            sets: list[KeypointSet] = []
+            for start in range(0, len(images), BATCH):
+                part = slice(start, start + BATCH)
+                sets += self._answer(images[part], crops[part], schema, prepared.tight if prepared else None, named, order, fixed[part])
+        return [KeypointSet(s.names, s.xy, s.visibility, s.score, self._box_of(s, b, prepared, i)) for s, b, i in zip(sets, found, images, strict=True)]
+
+    def name_points(self, image: np.ndarray, xy: np.ndarray, box: np.ndarray | None = None, candidates: Sequence[str] | None = None) -> list[tuple[str, float]]:
+        """The third task: what are the points at xy (K, 2), in pixels, called?
+
+        candidates: choose among these names; otherwise the model writes one freely. Returns (name, probability) each.
+        """
+        xy = np.asarray(xy, np.float32).reshape(-1, 2)
+        box = box_of_points(xy, 0.1) if box is None else box
+        crop = crop_of_box(box, self.size)
+        with torch.inference_mode():
+            features = self.model.encode(self._pixels([image], [crop]))
+            places = torch.from_numpy(crop.to_crop(xy) / self.size).float().clamp(0, 1)[None].to(self.device)
+            tokens = self.model.extractor(features, places)
+            if candidates:
+                return self._choose(features, tokens[0], list(candidates))
+            return self._write(features, tokens)
+
+    def _prepare(self, schema: KeypointSchema, support: Sequence[Example]) -> _Prepared:
+        key = _support_key(schema, support)
+        if key in self._supports:
+            self._supports.move_to_end(key)
+            return self._supports[key]
+        points = [e.keypoints.reorder(schema.names) for e in support]
+        if not any(p.placed.any() for p in points):
+            raise InvalidInput("No support example has a labelled point of this schema. Label at least one.")
+        boxes = [_usable_box(p, e.image) for p, e in zip(points, support, strict=True)]
+        images = [e.image for e in support]
+        tight = self._support(images, points, [crop_of_box(b, self.size) for b in boxes])
+        whole = self._support(images, points, [crop_of_image(i.shape[1], i.shape[0], self.size) for i in images])
+        margins = [_margin(p, b) for p, b in zip(points, boxes, strict=True) if p.placed.any()]
+        shares = [max(b[2], b[3]) / max(i.shape[:2]) for b, i in zip(boxes, images, strict=True)]
+        prepared = _Prepared(tight, whole, np.mean(margins, 0), float(np.median(shares)))
+        self._supports[key] = prepared
+        if len(self._supports) > 32:
+            self._supports.popitem(last=False)
+        return prepared
+
+    def _support(self, images: Sequence[np.ndarray], points: Sequence[KeypointSet], crops: Sequence[Crop]) -> Support:
+        features = self.model.encode(self._pixels(images, crops))
+        xy = np.stack([np.clip(c.to_crop(p.xy) / self.size, 0, 1) for c, p in zip(crops, points, strict=True)])
+        known = torch.from_numpy(np.stack([p.placed for p in points]))[None].to(self.device)
+        shots = [features[s : s + 1] for s in range(len(images))]
+        return self.model.support(shots, torch.from_numpy(xy).float()[None].to(self.device), known)
+
+    def _find(self, image: np.ndarray, schema: KeypointSchema, prepared: _Prepared | None, named: bool) -> np.ndarray | None:
+        """A rough box of the object in the whole image, or None if the whole image serves as well."""
+        height, width = image.shape[:2]
+        support = prepared.whole if prepared else None
+        crops = [crop_of_image(width, height, self.size)]
+        sets = self._answer([image], crops, schema, support, named)
+        if prepared is not None and prepared.share * WINDOW < 0.9:
+            crops = _windows(width, height, prepared.share * max(width, height) * WINDOW, self.size)
+            for start in range(0, len(crops), BATCH):
+                part = crops[start : start + BATCH]
+                sets += self._answer([image] * len(part), part, schema, prepared.tight, named)
+        best = max(sets, key=_trust)
+        sure = best.placed & (best.score >= 0.5 * np.median(best.score[best.placed])) if best.placed.any() else best.placed
+        if sure.sum() < min(2, len(schema)):
+            return None
+        margin = prepared.margin if prepared is not None else np.full(4, 0.1)
+        box = _with_margin(best.xy[sure], margin, 0.15 * max(width, height) if len(schema) == 1 else 1.0)
+        box = clip_box(box, width, height)
+        return box if min(box[2], box[3]) > 1 else None
+
+    def _answer(self, images: Sequence[np.ndarray], crops: Sequence[Crop], schema: KeypointSchema, support: Support | None, named: bool,
+                order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None) -> list[KeypointSet]:  # fmt: skip
+        """One pass over some crops → points in image pixels."""
+        model, batch = self.model, len(images)
+        features = model.encode(self._pixels(images, crops))
+        whole = support.repeat(batch) if support is not None else model.no_support(batch, len(schema), self.device)
+        index = torch.tensor(range(len(schema)) if order is None else order, device=self.device)
+        names = [schema.names[int(i)] for i in index]
+        part = whole if order is None else whole.select(index)
+        questions = write_questions(self.tokenizer, names if named else [None] * len(names), [support is not None] * len(names))
+        asked = self._asked(questions, batch)
+        asked = asked._replace(prompted=asked.prompted & part.known)
+        _, state = model.ask(features, whole, part.token, asked)
+        heat = model.locate(features, part, state)
+        if order is not None and len(order) < len(schema):
+            return [self._plain(names, heat[i], crops[i]) for i in range(batch)]
+        answer = model.refine(heat, features, part, state, asked.valid, **self._clicks(fixed, crops, names))
+        return [self._set(names, answer, i, crops[i]) for i in range(batch)]
+
+    def _clicks(self, fixed: Sequence[KeypointSet | None] | None, crops: Sequence[Crop], names: list[str]) -> dict[str, Tensor]:
+        if fixed is None or all(f is None for f in fixed):
+            return {}
+        sets = [f.reorder(tuple(names)) if f is not None else None for f in fixed]
+        given = np.stack([s.placed if s is not None else np.zeros(len(names), bool) for s in sets])
+        xy = np.stack([c.to_crop(s.xy) / self.size if s is not None else np.zeros((len(names), 2)) for s, c in zip(sets, crops, strict=True)])
+        return {"fixed": torch.from_numpy(given).to(self.device), "fixed_xy": torch.from_numpy(xy).float().to(self.device)}
+
+    def _set(self, names: list[str], answer: Answer, row: int, crop: Crop) -> KeypointSet:
+        xy = crop.to_image(answer.xy[row].cpu().numpy() * self.size)
+        visibility = answer.visibility[row].argmax(-1).cpu().numpy() + 1
+        return KeypointSet(tuple(names), xy, visibility, answer.confidence[row].sigmoid().cpu().numpy())
+
+    def _plain(self, names: list[str], heat: Tensor, crop: Crop) -> KeypointSet:
+        xy = crop.to_image(peak(heat[None])[0].cpu().numpy() * self.size)
+        sure = heat.flatten(1).softmax(-1).amax(-1).cpu().numpy()
+        return KeypointSet(tuple(names), xy, np.full(len(names), Visibility.VISIBLE), sure)
+
+    def _box_of(self, points: KeypointSet, box: np.ndarray | None, prepared: _Prepared | None, image: np.ndarray) -> np.ndarray | None:
+        if box is not None or not points.placed.any():
+            return box
+        margin = prepared.margin if prepared is not None else np.full(4, 0.1)
+        return clip_box(_with_margin(points.xy[points.placed], margin, 1.0), image.shape[1], image.shape[0])
+
+    def _asked(self, questions: Questions, batch: int) -> Asked:
+        put = lambda a: torch.from_numpy(a).to(self.device).expand(batch, *a.shape)  # noqa: E731
+        return Asked(put(questions.tokens), put(questions.prompted), put(questions.length), put(np.ones(len(questions.length), bool)))
+
+    def _pixels(self, images: Sequence[np.ndarray], crops: Sequence[Crop]) -> Tensor:
+        stack = np.stack([warp(i, c) for i, c in zip(images, crops, strict=True)])
+        return torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.device)
+
+    def _write(self, features, tokens: Tensor) -> list[tuple[str, float]]:  # type: ignore[no-untyped-def]
+        """Greedy decoding of all K names at once."""
+        count = tokens.shape[1]
+        empty = self.model.no_support(1, 1, self.device)
+        start = write_questions(self.tokenizer, [None] * count, [True] * count)
+        written = torch.from_numpy(start.tokens[:, :-1]).to(self.device)
+        chance = torch.zeros(count, device=self.device)
+        ended = torch.zeros(count, dtype=torch.bool, device=self.device)
+        end = int(start.tokens[0, -1])
+        on = torch.ones(1, count, dtype=torch.bool, device=self.device)
+        for _ in range(MAX_NAME_TOKENS + 1):
+            asked = Asked(written[None], on, torch.full((1, count), written.shape[1], device=self.device), on)
+            _, state = self.model.ask(features, empty, tokens, asked)
+            value, token = self.model.words(state[0]).float().log_softmax(-1).max(-1)
+            chance = chance + torch.where(ended, 0.0, value)
+            written = torch.cat([written, torch.where(ended, end, token)[:, None]], 1)
+            ended = ended | (token == end)
+            if bool(ended.all()):
+                break
+        words = written[:, Questions.IS_SLOT + 1 :].tolist()
+        return [(read_name(self.tokenizer, w), float(c.exp())) for w, c in zip(words, chance, strict=True)]
+
+    def _choose(self, features, tokens: Tensor, candidates: list[str]) -> list[tuple[str, float]]:  # type: ignore[no-untyped-def]
+        """The likeliest of the given names for each of K points."""
+        questions = write_questions(self.tokenizer, candidates, [True] * len(candidates))
+        chosen: list[tuple[str, float]] = []
+        for start in range(0, len(tokens), BATCH):
+            part = tokens[start : start + BATCH]
+            asked = self._asked(questions, len(part))
+            some = type(features)(*[m.expand(len(part), -1, -1, -1) for m in features])
+            states, _ = self.model.ask(some, self.model.no_support(len(part), 1, self.device), part[:, None].expand(-1, len(candidates), -1), asked)
+            told = self.model.words(states[:, :, :-1]).float().log_softmax(-1).gather(-1, asked.tokens[:, :, 1:, None]).squeeze(-1)
+            slot = torch.arange(told.shape[-1], device=self.device)
+            counts = (slot >= Questions.IS_SLOT) & (slot < asked.length.unsqueeze(-1) - 1)
+            chance, best = (told * counts).sum(-1).softmax(-1).max(-1)
+            chosen += [(candidates[int(b)], float(c)) for b, c in zip(best, chance, strict=True)]
+        return chosen
+
+
+def _support_key(schema: KeypointSchema, support: Sequence[Example]) -> str:
+    digest = hashlib.sha1(repr(schema.names).encode())
+    for example in support:
+        digest.update(str(example.image.shape).encode() + np.ascontiguousarray(example.image).tobytes())
+        digest.update(repr(example.keypoints.to_json()).encode())
+    return digest.hexdigest()
+
+
+def _usable_box(points: KeypointSet, image: np.ndarray) -> np.ndarray:
+    """The example's box; where it has none or one without area, the padded hull of its points (or the image)."""
+    if points.box is not None and min(points.box[2], points.box[3]) > 0:
+        return points.box
+    if not points.placed.any():
+        return np.array([0, 0, image.shape[1], image.shape[0]], np.float32)
+    box = box_of_points(points.xy[points.placed], 0.1)
+    return box if max(box[2], box[3]) > 2 else box_of_points(points.xy[points.placed], 0.05 * max(image.shape[:2]))
+
+
+def _margin(points: KeypointSet, box: np.ndarray) -> np.ndarray:
+    hull = box_of_points(points.xy[points.placed])
+    side = max(hull[2], hull[3], 1.0)
+    reach = np.array([hull[0] - box[0], hull[1] - box[1], box[0] + box[2] - hull[0] - hull[2], box[1] + box[3] - hull[1] - hull[3]])
+    return np.clip(reach / side, -0.2, 2.0)
+
+
+def _with_margin(xy: np.ndarray, margin: np.ndarray, least: float) -> np.ndarray:
+    hull = box_of_points(xy)
+    side = max(hull[2], hull[3], least)
+    left, top, right, bottom = margin * side
+    return np.array([hull[0] - left, hull[1] - top, hull[2] + left + right, hull[3] + top + bottom])
+
+
+def _trust(points: KeypointSet) -> float:
+    """Mean score over all points; those that are said to be absent count 0."""
+    return float((points.score * points.placed).mean())
+
+
+def _windows(width: int, height: int, side: float, size: int) -> list[Crop]:
+    """Overlapping square windows over an image, at most `MAX_WINDOWS`."""
+    while True:
+        columns, rows = (max(int(np.ceil((extent - side) / (side * 0.5))) + 1, 1) for extent in (width, height))
+        if columns * rows <= MAX_WINDOWS:
+            break
+        side *= 1.2
+    xs = np.linspace(min(side, width) / 2, width - min(side, width) / 2, columns)
+    ys = np.linspace(min(side, height) / 2, height - min(side, height) / 2, rows)
+    return [similarity_crop(np.array([x, y]), side, size) for y in ys for x in xs]

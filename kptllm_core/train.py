@@ -1,0 +1,363 @@
+"""One loop: pretraining, or LoRA on a project's corrections. `python -m kptllm_core train`.
+
+Both can be stopped at any moment and resumed: the state (weights, averages, optimizer, step) is written every minute, as one
+safetensors file, whole or not at all. The budget is in seconds or in steps; the learning rate falls as it is used up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from kptllm_core import checkpoint as store
+from kptllm_core.adapters import AdapterSwitch, adapter_state, add_lora
+from kptllm_core.config import ModelConfig, model_folder
+from kptllm_core.dataset import Sample, load_coco
+from kptllm_core.episodes import Augmentation, Images, Labelled, Rendered, SelfPairs, Source
+from kptllm_core.errors import DataError, InvalidInput, KptError
+from kptllm_core.language import plain_words, train_tokenizer
+from kptllm_core.model import KptLLM
+from kptllm_core.objective import Batch, collate, loss_of
+
+MIN_LABELLED = 2
+SAVE_EVERY = 60.0  # seconds
+PUBLISH_EVERY = 600.0  # seconds between the checkpoints that a long pretraining leaves on its way
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one run trains. Saved with what it makes."""
+
+    seconds: float | None = None
+    """Budget of training time over all sessions, or None."""
+    steps: int | None = None
+    """Budget of steps, or None. The first budget that is used up ends the run."""
+    episodes: int = 8
+    """Episodes in a batch."""
+    views: int = 3
+    """Views in an episode; each is a query with the others as support."""
+    max_points: int = 12
+    """Points of an episode at most."""
+    rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    full_rate: float = 1.0
+    """Factor on the rate for the parts that an adapter tunes fully."""
+    decay: float = 0.02
+    """Weight decay of matrices."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    average: float = 0.999
+    """Decay of the running average of weights, which is what is saved."""
+    naming: int = 8
+    """Views in a batch that also name their points."""
+    seed: int = 0
+    workers: int = 1
+    """Processes that prepare batches; 0 prepares them in this one."""
+
+
+PRETRAIN = Recipe()
+ADAPT = Recipe(seconds=150, episodes=3, views=4, max_points=24, rate=2e-3, full_rate=0.5, decay=0.01, warmup=20, average=0.98, naming=4)
+
+
+class Batches(IterableDataset):
+    """An endless stream of batches from a mix of sources."""
+
+    def __init__(self, sources: Sequence[tuple[Source, float]], tokenizer: Any, recipe: Recipe, size: int, start: int) -> None:
+        self.sources, self.tokenizer, self.recipe, self.size, self.start = sources, tokenizer, recipe, size, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = torch.utils.data.get_worker_info()
+        rng = np.random.default_rng([self.recipe.seed, self.start, 0 if info is None else info.id])
+        shares = np.array([s for _, s in self.sources])
+        while True:
+            picked = rng.choice(len(self.sources), self.recipe.episodes, p=shares / shares.sum())
+            episodes = [self.sources[i][0].episode(rng, self.recipe.views, self.size) for i in picked]
+            yield collate(episodes, self.tokenizer, rng)
+
+
+class Loop:
+    """Optimizer, running average, schedule and resumable state around `loss_of`."""
+
+    def __init__(self, model: KptLLM, recipe: Recipe, state_file: Path, device: torch.device) -> None:
+        self.model, self.recipe, self.state_file, self.device = model, recipe, state_file, device
+        self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        groups: list[dict[str, Any]] = []
+        for name, parameter in self.named.items():
+            factor = recipe.full_rate if any("lora_" in n for n in self.named) and "lora_" not in name else 1.0
+            groups.append({"params": [parameter], "weight_decay": recipe.decay if parameter.ndim > 1 else 0.0, "factor": factor})
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98))
+        self.average = {n: p.detach().clone() for n, p in self.named.items()}
+        self.step, self.spent, self.curve = 0, 0.0, list[dict[str, float]]()
+
+    @property
+    def used(self) -> float:
+        """Share of the budget that is used up, 0…1."""
+        shares = [self.step / self.recipe.steps if self.recipe.steps else 0.0, self.spent / self.recipe.seconds if self.recipe.seconds else 0.0]
+        return min(max(shares), 1.0)
+
+    def run(self, batches: Iterator[Batch], progress: Progress | None, should_stop: Callable[[], bool] | None,
+            publish: Callable[[], None] | None = None) -> bool:  # fmt: skip
+        """Trains until the budget is used up (True) or somebody stops it (False). Raises KptError on a loss that is not finite."""
+        saved = published = time.monotonic()
+        recent: dict[str, float] = {}
+        self.model.train()
+        while self.used < 1:
+            started = time.monotonic()
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
+            scores = self._step(batch)
+            self.spent += time.monotonic() - started
+            recent = {k: v if k not in recent else recent[k] + 0.05 * (v - recent[k]) for k, v in scores.items()}
+            if self.step % 50 == 0:
+                self.curve.append({"step": self.step, "seconds": round(self.spent, 1), **{k: round(v, 4) for k, v in recent.items()}})
+            if progress is not None:
+                steps = max(round(self.step / max(self.used, 1e-9)), self.step)
+                left = self.spent / max(self.used, 1e-9) - self.spent
+                progress({"step": self.step, "steps": steps, "loss": round(recent["loss"], 4), "eta_seconds": round(left, 1), "pck": round(recent["pck"], 3)})
+            if time.monotonic() - saved > SAVE_EVERY:
+                self.save()
+                saved = time.monotonic()
+            if publish is not None and time.monotonic() - published > PUBLISH_EVERY:
+                publish()
+                published = time.monotonic()
+            if should_stop is not None and should_stop():
+                self.save()
+                return False
+        self.save()
+        return True
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        warm = min((self.step + 1) / self.recipe.warmup, 1.0)
+        rate = self.recipe.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.used)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
+            loss, scores = loss_of(self.model, batch, self.recipe.naming)
+        if not torch.isfinite(loss):
+            raise KptError(f"The loss became {float(loss)} at step {self.step}; the run stops and the last good version stays. Lower the rate or look at the data.")
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(list(self.named.values()), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        keep = min(self.recipe.average, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                self.average[name].lerp_(parameter, 1 - keep)
+        return {"loss": float(loss.detach()), **scores}
+
+    def save(self) -> None:
+        """Writes the state, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():
+            tensors["weight/" + name], tensors["average/" + name] = parameter.detach().contiguous(), self.average[name].contiguous()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = value.contiguous()
+        self.state_file.parent.mkdir(parents=True, exist_ok=True)
+        new = self.state_file.with_suffix(".new")
+        note = {"step": self.step, "spent": self.spent, "curve": self.curve, "recipe": asdict(self.recipe)}
+        save_file({k: v.cpu() for k, v in tensors.items()}, new, metadata={"note": json.dumps(note)})
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, self.state_file)
+
+    def resume(self) -> bool:
+        """Reads the state if there is one."""
+        if not self.state_file.is_file():
+            return False
+        with safe_open(self.state_file, "pt") as file:
+            note = json.loads(file.metadata()["note"])
+            keys = set(file.keys())
+            with torch.no_grad():
+                for name, parameter in self.named.items():
+                    parameter.copy_(file.get_tensor("weight/" + name))
+                    self.average[name].copy_(file.get_tensor("average/" + name))
+                    found = {k: file.get_tensor(f"{k}/{name}") for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in keys}
+                    if found:
+                        self.optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in found.items()}
+        self.step, self.spent, self.curve = note["step"], note["spent"], note["curve"]
+        return True
+
+
+def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe, resume: bool = False, rendered: float = 0.45, self_pairs: float = 0.25,
+             progress: Progress | None = None, should_stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:  # fmt: skip
+    """Trains a preset from nothing on labelled folders and rendered categories; writes a checkpoint to `out` and returns its
+    metrics, or None if it was stopped (then --resume goes on). Without `data` it trains on renderings alone."""
+    config = ModelConfig.load(model_folder(model))
+    samples = [s for folder in data for s in load_coco(folder).samples]
+    state = _state_file(out)
+    tokenizer_folder = model_folder(model)
+    if (tokenizer_folder / "tokenizer.json").is_file():
+        tokenizer = store.load_tokenizer(tokenizer_folder)
+    else:
+        tokenizer = train_tokenizer(_names(samples), 1024 if config.name != "tiny" else 512)
+    torch.manual_seed(recipe.seed)
+    device = best_device()
+    built = KptLLM(config, len(tokenizer)).to(device)
+    loop = Loop(built, recipe, state, device)
+    resumed = loop.resume() if resume else False
+    images, shape = Images(), Augmentation()
+    sources: list[tuple[Source, float]] = [(Rendered(shape, recipe.max_points), rendered), (SelfPairs(samples, shape, recipe.max_points, images), self_pairs)]
+    if samples:
+        sources.append((Labelled(samples, shape, recipe.max_points, images), 1 - rendered - self_pairs))
+    batches = _stream(sources, tokenizer, recipe, config.image_size, loop.step)
+
+    def publish() -> dict[str, Any]:
+        metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "finished": loop.used >= 1, "recipe": asdict(recipe),
+                   "data": [f.name for f in data], "images": len({s.image_path for s in samples}), "curve": loop.curve}  # fmt: skip
+        store.save_checkpoint(out, built, tokenizer, metrics, {**built.state_dict(), **loop.average})
+        return metrics
+
+    return publish() if loop.run(batches, progress, should_stop, lambda: publish() and None) else None
+
+
+def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: Path | None = None, seconds: float | None = None, steps: int | None = None,
+                  seed: int = 0, resume: bool = False, progress: Progress | None = None, should_stop: Callable[[], bool] | None = None,
+                  recipe: Recipe = ADAPT, loaded: store.Checkpoint | None = None) -> dict[str, Any]:  # fmt: skip
+    """A LoRA adapter from labelled folders (one category, at least 2 images), published whole at `out`.
+
+    parent: an adapter to start from. The budget is `seconds` or `steps` (150 s if neither is given). Raises DataError for too few
+    labels, Interrupted-like InvalidInput if stopped (resume=True then goes on where it was).
+    """
+    samples = [s for folder in data for s in load_coco(folder).samples if s.keypoints.placed.any()]
+    if len({s.image_path for s in samples}) < MIN_LABELLED:
+        raise DataError(f"{len(samples)} labelled images found; a round needs at least {MIN_LABELLED}. Label more.")
+    if seconds is not None or steps is not None:
+        recipe = Recipe(**{**asdict(recipe), "seconds": seconds, "steps": steps})
+    recipe = Recipe(**{**asdict(recipe), "seed": seed})
+    found = loaded or store.load_checkpoint(base)
+    device = best_device()
+    model = found.model.to(device)
+    torch.manual_seed(seed)
+    add_lora(model)
+    switch = AdapterSwitch(model)
+    if parent is not None:
+        switch.put(store.load_adapter(parent, found.base).tensors)
+    loop = Loop(model, recipe, _state_file(out), device)
+    resumed = loop.resume() if resume else False
+    shape = Augmentation(upright=0.7, anyway=0.05, loose=0.35, colour=0.7)
+    sources: list[tuple[Source, float]] = [(Labelled(samples, shape, recipe.max_points), 1.0)]
+    batches = _stream(sources, found.tokenizer, recipe, model.config.image_size, loop.step)
+    if not loop.run(batches, progress, should_stop):
+        raise InvalidInput(f"The round was stopped at step {loop.step}. Its state is kept; resume to go on.")
+    model.eval()
+    metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "images": len({s.image_path for s in samples}),
+               "objects": len(samples), "recipe": asdict(recipe), "curve": loop.curve}  # fmt: skip
+    info = {"base": found.base, "parent": parent.name if parent else None, "schema": samples[0].schema.to_json(), "data": data_hash(data)}
+    weights = {**adapter_state(model), **{k: v for k, v in loop.average.items()}}
+    store.save_adapter(out, model, info, metrics, weights)
+    shutil.rmtree(loop.state_file.parent, ignore_errors=True)
+    return metrics
+
+
+def data_hash(folders: Sequence[Path]) -> str:
+    """SHA-256 over the annotation files: what a version was trained on."""
+    return hashlib.sha256(b"".join((Path(f) / "annotations.json").read_bytes() for f in folders)).hexdigest()
+
+
+def _state_file(out: Path) -> Path:
+    """Beside the folder that it makes, since that one is replaced whole."""
+    return out.with_name(f".{out.name}.state") / "state.safetensors"
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 here: on GPUs, and on processors with matrix units for it."""
+    return device.type == "cuda" or bool(torch.cpu._is_amx_tile_supported())
+
+
+def _stream(sources: Sequence[tuple[Source, float]], tokenizer: Any, recipe: Recipe, size: int, start: int) -> Iterator[Batch]:
+    stream = Batches(sources, tokenizer, recipe, size, start)
+    ahead = 4 if recipe.workers else None
+    return iter(DataLoader(stream, batch_size=None, num_workers=recipe.workers, prefetch_factor=ahead, worker_init_fn=_leave_signals))
+
+
+def _leave_signals(_: int) -> None:
+    """Ctrl-C reaches the whole process group; the loop decides when it ends, and takes its workers along."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def _names(samples: Sequence[Sample]) -> list[str]:
+    """What the tokenizer learns words from: names of the data and of rendered categories."""
+    from kptllm_core.synthetic import Category
+
+    rng = np.random.default_rng(0)
+    names = [n for s in {s.schema for s in samples} for n in s.names]
+    names += [n for _ in range(600) for n in Category.sample(rng).schema.names]
+    return [plain_words(n) for n in names]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="nano", help="preset or checkpoint folder (default: nano)")
+    parser.add_argument("--data", action="append", type=Path, default=[], metavar="DIR", help="folder with annotations.json and images/; may be repeated")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint or adapter goes")
+    parser.add_argument("--lora", action="store_true", help="train an adapter on the model's weights, from a few labelled images")
+    parser.add_argument("--parent", type=Path, metavar="DIR", help="with --lora: the adapter to start from")
+    parser.add_argument("--resume", action="store_true", help="go on from the state that an earlier run left")
+    parser.add_argument("--seconds", type=float, help="budget of training time (default: 3600, with --lora 150)")
+    parser.add_argument("--steps", type=int, help="budget of steps, instead of seconds")
+    parser.add_argument("--episodes", type=int, help="episodes in a batch")
+    parser.add_argument("--workers", type=int, help="processes that prepare batches")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command line: a progress bar; Ctrl-C or SIGTERM saves the state and exits with 3."""
+    stopped: list[int] = []
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda number, _: stopped.append(number))
+    for folder in args.data:
+        load_coco(folder)
+    bar = tqdm(unit="step", desc=f"train {args.out.name}", dynamic_ncols=True)
+
+    def progress(now: dict[str, Any]) -> None:
+        bar.total = now["steps"]
+        bar.n = now["step"]
+        bar.set_postfix(loss=now["loss"], pck=now["pck"], left=f"{now['eta_seconds']:.0f}s", refresh=False)
+        bar.refresh() if bar.n % 10 == 0 or bar.n == bar.total else None
+
+    changes = {k: v for k, v in {"episodes": args.episodes, "workers": args.workers}.items() if v is not None}
+    start = ADAPT if args.lora else PRETRAIN
+    budget = (args.seconds, args.steps) if args.seconds or args.steps else (start.seconds or 3600.0, None)
+    recipe = Recipe(**{**asdict(start), **changes, "seed": args.seed, "seconds": budget[0], "steps": budget[1]})
+    if args.lora:
+        if not args.data:
+            raise InvalidInput("--lora needs --data DIR: the folder with the labelled images.")
+        try:
+            metrics: dict[str, Any] | None = train_adapter(args.model, args.data, args.out, parent=args.parent, seconds=budget[0], steps=budget[1], seed=args.seed,
+                                                           resume=args.resume, progress=progress, should_stop=lambda: bool(stopped), recipe=recipe)  # fmt: skip
+        except InvalidInput:
+            if not stopped:
+                raise
+            metrics = None
+    else:
+        metrics = pretrain(args.model, args.data, args.out, recipe, args.resume, progress=progress, should_stop=lambda: bool(stopped))
+    bar.close()
+    if metrics is None:
+        print(f"Stopped. Go on with: python -m kptllm_core train … --out {args.out} --resume", file=sys.stderr)
+        return 3
+    print(f"Wrote {args.out}: {metrics['steps']} steps in {metrics['seconds']:.0f} s.")
+    return 0
