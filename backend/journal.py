@@ -115,7 +115,7 @@ class Journal:
             if version is None or version.base != base:
                 reason = "first version" if version is None else f"the core now runs {base} instead of {version.base}"
                 return freeze(session, row, base, None, split.step_of(row.labelled), reason)
-            if changed and version.config_hash != config.hash:
+            if changed:
                 keeps = split.adapter_fits(version.trained_names, row.names)
                 why = (
                     ""
@@ -334,7 +334,7 @@ def _engine(url: str) -> Engine:
         return create_engine(address, pool_pre_ping=True)
     if address.database:
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(address, connect_args={"timeout": 2.0})
+    engine = create_engine(address, connect_args={"timeout": 0.5})
 
     @event.listens_for(engine, "connect")
     def connect(connection: Any, _record: Any) -> None:

@@ -13,6 +13,8 @@ from backend.tables import Task
 from kptllm_core.errors import KptError, Unauthorized, Unavailable
 from kptllm_core.imaging import image_size
 
+FIRST_SIGHT_SECONDS = 0.4  # /setup must answer within a second, /health too
+
 
 @dataclass
 class Services:
@@ -40,8 +42,15 @@ class Services:
         return bool(self.settings.label_studio_api_key)
 
     def base(self) -> str:
-        """The core's base as last seen; before the first sight, the model's name of the settings. Asks nobody."""
-        return self.journal.base() or self.settings.model.rstrip("/").rsplit("/", 1)[-1]
+        """The core's base as last seen. Only before the first sight is the core asked, and not for long; a core that does
+        not answer then lends its versions the model's name of the settings."""
+        known = self.journal.base()
+        if known is None:
+            try:
+                known = self.see_core(FIRST_SIGHT_SECONDS)
+            except KptError:
+                known = self.settings.model.rstrip("/").rsplit("/", 1)[-1]
+        return known
 
     def see_core(self, seconds: float = 2.0) -> str:
         """Ask the core which base it runs, and remember it, or that it is down. Raises Unavailable."""

@@ -80,11 +80,17 @@ def choose_support(project: str, candidates: list[Candidate], uses: dict[str, st
 def version_name(base: str, round_number: int, support: list[Any], names: dict[str, Any]) -> str:
     """`nano-1a2b3c4d+r2+s5.9f31ab`: base, round, size and content of the support set; `+s0` without one.
 
-    The content includes which names are asked for, so that a changed label config is a new version, too.
+    The content includes which names are asked for, so that a changed label config is a new version, too; not their order.
     """
     if not support:
         return f"{base}+r{round_number}+s0"
-    meaning = json.dumps([support, {key: sorted(value) for key, value in names.items()}], sort_keys=True)
+    shown = [
+        [entry["task"], control, example["image"], sorted(zip(points["names"], points["xy"], points["visibility"], strict=True))]
+        for entry in support
+        for control, example in sorted(entry["controls"].items())
+        for points in [example["keypoints"]]
+    ]
+    meaning = json.dumps([shown, {key: sorted(value) for key, value in names.items()}], sort_keys=True)
     return f"{base}+r{round_number}+s{len(support)}.{hashlib.sha256(meaning.encode()).hexdigest()[:6]}"
 
 
