@@ -215,7 +215,7 @@ class Connection:
             if same:
                 entry = self._studio.update_backend(same[0]["id"], self._project, self._url, title, **more)
             else:
-                entry = self._studio.attach_backend(self._project, self._url, title, **more)
+                entry = self._add(title, more)
         except KptError as error:
             raise InvalidInput(self._why_not_attached(error)) from None
         self._attached = entry
@@ -229,6 +229,16 @@ class Connection:
         self._say("✓", f"Label Studio {done}: {title!r} at {self._url}, version {entry.get('model_version')}.")
         if self._reached:
             self._say("–", f"Just so you know: {self._reached}. Label Studio reaches it, and that is what counts.")
+
+    def _add(self, title: str, more: dict[str, Any]) -> Json:
+        try:
+            return self._studio.attach_backend(self._project, self._url, title, **more)
+        except Unauthorized:
+            # When only its webhook is forbidden (SSRF_PROTECTION_ENABLED), Label Studio answers 403 and has it all the same.
+            for entry in self._studio.ml_backends(self._project):
+                if _same(entry.get("url"), self._url):
+                    return self._studio.update_backend(entry["id"], self._project, self._url, title, **more)
+            raise
 
     def _why_not_attached(self, error: KptError) -> str:
         said = str(error.details.get("label_studio_says") or "")

@@ -141,6 +141,22 @@ def test_each_step_that_fails_says_what_to_do(
         assert word in told
 
 
+def test_a_refusal_that_took_effect_all_the_same(
+    studio: SmallServer, backend: SmallServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With SSRF_PROTECTION_ENABLED alone Label Studio stores the model, stumbles over its webhook, and answers 403."""
+
+    def attach(request: Request) -> Answer:
+        stored = request.json() | {"id": 3}
+        studio.routes["/api/projects/7/model-versions/"] = reply({"live": [stored]})
+        return reply(RESERVED, 403)
+
+    studio.routes["/api/ml/"] = attach
+    studio.routes["/api/webhooks/"] = lambda request: reply([] if request.method == "GET" else {"id": 1})
+    assert run(studio.url, backend.url) == 0
+    assert "Label Studio has the model now" in capsys.readouterr().out
+
+
 def test_nobody_at_label_studios_address(backend: SmallServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("http://127.0.0.1:1", backend.url) == 1
     assert "Connection refused" in capsys.readouterr().out
