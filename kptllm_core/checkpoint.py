@@ -57,14 +57,16 @@ def load_checkpoint(model: str | Path, untrained: bool = False) -> Checkpoint:
         return Checkpoint(built, tokenizer, f"{config.name}-untrained", folder)
     if not weights.is_file():
         if "hub" not in config.llm:
-            raise ArtifactError(f"{folder} has no {WEIGHTS}. Train it with `python -m kptllm_core train --model {config.name} …`, or pass --untrained.")
+            raise ArtifactError(f"{folder} has no {WEIGHTS}. Train it with `python -m kptllm_core train --model {config.name} …`, "
+                                "or pass --untrained.")  # fmt: skip
         return Checkpoint(built, tokenizer, f"{config.name}-{_digest(folder / 'config.json')[:8]}", folder)
     verify(folder)
     _load_exactly(built, _read(weights), weights)
     return Checkpoint(built, tokenizer, f"{config.name}-{_digest(weights)[:8]}", folder)
 
 
-def save_checkpoint(folder: Path, model: KptLLM, tokenizer: PreTrainedTokenizerBase, metrics: dict[str, Any], weights: dict[str, Tensor] | None = None) -> None:
+def save_checkpoint(folder: Path, model: KptLLM, tokenizer: PreTrainedTokenizerBase, metrics: dict[str, Any],
+                    weights: dict[str, Tensor] | None = None) -> None:  # fmt: skip
     """Writes a checkpoint folder whole, replacing one that is there. `weights` stands in for the model's own (an average, say)."""
     state = weights if weights is not None else model.state_dict()
     tied = {"llm.lm_head.weight"} if model.llm.config.tie_word_embeddings else set()
@@ -92,7 +94,8 @@ class Adapter:
     info: dict[str, Any]
 
 
-def save_adapter(folder: Path, model: KptLLM, info: dict[str, Any], metrics: dict[str, Any], weights: dict[str, Tensor] | None = None) -> None:
+def save_adapter(folder: Path, model: KptLLM, info: dict[str, Any], metrics: dict[str, Any],
+                 weights: dict[str, Tensor] | None = None) -> None:  # fmt: skip
     """Writes an adapter folder. `info` must hold `base`; it may hold the schema, hashes of data and config, the parent."""
     state = adapter_state(model) if weights is None else weights
     half = {k: v.detach().cpu().half().contiguous() for k, v in state.items()}
@@ -113,7 +116,8 @@ def load_adapter(folder: str | Path, base: str) -> Adapter:
     verify(folder)
     info = json.loads((folder / "adapter.json").read_text())
     if info.get("base") != base:
-        raise ArtifactError(f"The adapter {folder.name} was made for the base {info.get('base')}; this is {base}. Train it again on this base, or load its base.")
+        raise ArtifactError(f"The adapter {folder.name} was made for the base {info.get('base')}; this is {base}. "
+                            "Train it again on this base, or load its base.")  # fmt: skip
     return Adapter(folder.name, base, _read(folder / ADAPTER), info)
 
 
@@ -134,8 +138,8 @@ def publish(folder: Path, write: Any) -> None:
         _flush(new)
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
-            os.rename(folder, old)
-        os.rename(new, folder)
+            folder.rename(old)
+        new.rename(folder)
         _flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -181,7 +185,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

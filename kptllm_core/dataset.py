@@ -82,7 +82,8 @@ def load_coco(folder: str | Path) -> KeypointDataset:
         images = {i["id"]: i for i in data["images"]}
         samples = [_sample(folder, a, images, schemas) for a in data["annotations"] if not a.get("iscrowd") and a.get("keypoints")]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise DataError(f"{path} is not COCO keypoints: {type(error).__name__} {error}. Expected images, annotations, categories with 'keypoints'.") from None
+        raise DataError(f"{path} is not COCO keypoints: {type(error).__name__} {error}. "
+                        "Expected images, annotations, categories with 'keypoints'.") from None  # fmt: skip
     if not schemas:
         raise DataError(f"{path}: no category has 'keypoints'.")
     return KeypointDataset(folder, samples)
@@ -103,9 +104,9 @@ def write_coco(folder: Path, schema: KeypointSchema, items: Iterable[tuple[str, 
         points = points.reorder(schema.names)
         box = points.object_box()
         flat = [round(float(v), 3) for row, s in zip(points.xy, points.visibility, strict=True) for v in (*row, int(s))]
+        around = [0, 0, width, height] if box is None else [round(float(v), 3) for v in box]
         annotations.append({"id": number, "image_id": number, "category_id": 1, "keypoints": flat, "iscrowd": 0,
-                            "num_keypoints": int(points.placed.sum()), "bbox": [0, 0, width, height] if box is None else [round(float(v), 3) for v in box],
-                            "area": float(width * height if box is None else box[2] * box[3])})  # fmt: skip
+                            "num_keypoints": int(points.placed.sum()), "bbox": around, "area": around[2] * around[3]})  # fmt: skip
     category = {"id": 1, "name": schema.category, "keypoints": list(schema.names), "skeleton": [[a + 1, b + 1] for a, b in schema.skeleton]}
     (folder / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": [category]}))
 
@@ -121,6 +122,6 @@ def _sample(folder: Path, annotation: dict[str, Any], images: dict[Any, dict[str
     values = values.reshape(-1, 3)
     box = annotation.get("bbox")
     usable = box is not None and len(box) == 4 and box[2] > 0 and box[3] > 0
-    points = KeypointSet(schema.names, values[:, :2], values[:, 2].astype(np.int8), None, np.asarray(box) if usable else None)
+    points = KeypointSet(schema.names, values[:, :2], values[:, 2].astype(np.int8), box=np.asarray(box) if usable else None)
     width, height = int(image.get("width", 0)), int(image.get("height", 0))
     return Sample(folder / "images" / str(image["file_name"]), image["id"], width, height, schema, points, str(image.get("group", image["id"])))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kptllm_core.config import ModelConfig
 from kptllm_core.prompts import sample
-from kptllm_core.vision import Attention, Features, position_code
+from kptllm_core.vision import Attention, Features, cell_centres, position_code
 
 WINDOW = 3  # cells on each side of the peak that the soft-argmax weighs
 VISIBILITY_CLASSES = 3  # occluded, visible, absent: `Visibility` minus one
@@ -39,13 +39,15 @@ class Support(NamedTuple):
 
     def select(self, index: Tensor) -> Support:
         """The same support, asked for fewer points. index: (K',)."""
-        return Support(self.token[:, index], tuple(d[:, :, index] for d in self.descriptor), self.weight[:, :, index],  # type: ignore[arg-type]
-                       self.known[:, index], self.layout[:, index])  # fmt: skip
+        fine, middle, coarse = (d[:, :, index] for d in self.descriptor)
+        return Support(self.token[:, index], (fine, middle, coarse), self.weight[:, :, index], self.known[:, index], self.layout[:, index])
 
     def repeat(self, batch: int) -> Support:
         """One support set for a batch of query images."""
-        grow = lambda t: t.expand(batch, *t.shape[1:])  # noqa: E731
-        return Support(grow(self.token), tuple(grow(d) for d in self.descriptor), grow(self.weight), grow(self.known), grow(self.layout))  # type: ignore[arg-type]
+        token, weight, known, layout, fine, middle, coarse = (
+            t.expand(batch, *t.shape[1:]) for t in (self.token, self.weight, self.known, self.layout, *self.descriptor)
+        )
+        return Support(token, (fine, middle, coarse), weight, known, layout)
 
 
 class Answer(NamedTuple):
@@ -153,8 +155,7 @@ def _double(x: Tensor) -> Tensor:
 def layout_planes(support: Support, height: int, width: int) -> Tensor:
     """(B, K, 3, H, W): a narrow and a wide bell around the place of the point in the support, and whether there is one."""
     device = support.layout.device
-    y = ((torch.arange(height, device=device) + 0.5) / height)[:, None]
-    x = ((torch.arange(width, device=device) + 0.5) / width)[None]
+    y, x = cell_centres(height, device)[:, None], cell_centres(width, device)
     far = (x - support.layout[..., 0, None, None]).square() + (y - support.layout[..., 1, None, None]).square()
     known = support.known.float()[..., None, None]
     return torch.stack([torch.exp(-far / (2 * 0.06**2)) * known, torch.exp(-far / (2 * 0.2**2)) * known, known.expand_as(far)], 2)
@@ -207,12 +208,21 @@ class Refinement(nn.Module):
         anchor = at + 0.5 * self.move(x).float().tanh()
         trust = F.softplus(self.trust(x).float())
         height, width = heat.shape[-2:]
-        cells_y = ((torch.arange(height, device=heat.device) + 0.5) / height)[:, None]
-        cells_x = ((torch.arange(width, device=heat.device) + 0.5) / width)[None]
-        far = (cells_x - anchor[..., 0, None, None]).square() + (cells_y - anchor[..., 1, None, None]).square()
+        y, x_cells = cell_centres(height, heat.device)[:, None], cell_centres(width, heat.device)
+        far = (x_cells - anchor[..., 0, None, None]).square() + (y - anchor[..., 1, None, None]).square()
         refined = heat.float() - 20.0 * trust.unsqueeze(-1) * far
         xy = torch.where(fixed.unsqueeze(-1), xy, peak(refined))
         return Answer(xy, refined, self.visibility(x).float(), self.confidence(x).float().squeeze(-1), anchor)
+
+
+class Decoder(nn.Module):
+    """The three steps."""
+
+    def __init__(self, config: ModelConfig, dim: int) -> None:
+        super().__init__()
+        self.correlation = Correlation(config.features, config.correlation_groups)
+        self.head = HeatmapHead(config, dim)
+        self.refinement = Refinement(config, dim)
 
 
 def peak(heat: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class SelfPairs:
         count = int(rng.integers(4, self.max_points + 1))
         xy = structured_points(rng, image, corner, window, count)
         schema = KeypointSchema(tuple(f"point {i}" for i in range(count)))
-        points = KeypointSet(schema.names, xy, np.full(count, Visibility.VISIBLE), None, np.array([*corner, window, window]))
+        points = KeypointSet(schema.names, xy, np.full(count, Visibility.VISIBLE), box=np.array([*corner, window, window]))
         episode = make_episode(rng, [(image, points)] * views, schema, size, self.augmentation, self.max_points, bend=True)
         return replace(episode, names=None)
 
@@ -201,7 +201,7 @@ def _bend(rng: np.random.Generator, image: np.ndarray, xy: np.ndarray) -> tuple[
 
     def field(p: np.ndarray) -> np.ndarray:
         """Where the content of a new position comes from."""
-        return p + sum(np.sin(p @ k + phase)[..., None] * reach for k, phase, reach in waves)  # type: ignore[operator]
+        return p + sum(np.sin(p @ k + phase)[..., None] * reach for k, phase, reach in waves)
 
     step = size // 8
     mesh = []

@@ -6,6 +6,7 @@ to 8 bit. Sizes are checked on the header, before a pixel is decoded.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -43,10 +44,8 @@ def read_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> np.n
     image = _open(source, max_pixels)
     try:
         image.load()
-        try:
+        with contextlib.suppress(Exception):  # see image_size
             image = ImageOps.exif_transpose(image)
-        except Exception:  # noqa: BLE001 - see image_size
-            pass
         return np.ascontiguousarray(_to_rgb(image))
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
         raise ImageError(f"The image ({image.format or 'unknown format'}, {len(source)} bytes) is damaged or cut short: {error}.") from None

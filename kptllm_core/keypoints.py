@@ -6,7 +6,7 @@ numpy only: the backend and label_config import this module without loading torc
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
@@ -123,7 +123,7 @@ class KeypointSet:
     names: tuple[str, ...]
     xy: np.ndarray
     visibility: np.ndarray
-    score: np.ndarray = field(default=None)  # type: ignore[assignment]
+    score: np.ndarray = None  # type: ignore[assignment]  # set when built
     box: np.ndarray | None = None
 
     def __post_init__(self) -> None:

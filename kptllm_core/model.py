@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kptllm_core.config import ModelConfig
-from kptllm_core.decoder import Answer, Correlation, HeatmapHead, Refinement, Support
+from kptllm_core.decoder import Answer, Decoder, Support
 from kptllm_core.language import Questions
 from kptllm_core.prompts import PromptFeatureExtractor, ShotAttention
 from kptllm_core.vision import Features, build_encoder
@@ -39,20 +39,15 @@ class KptLLM(nn.Module):
     def __init__(self, config: ModelConfig, vocabulary: int) -> None:
         super().__init__()
         self.config = config
-        self.vision = build_encoder(config.vision, config.features)
+        self.vision: nn.Module = build_encoder(config.vision, config.features)
         self.llm = build_llm(config.llm, vocabulary)
-        dim = int(self.llm.config.hidden_size)
+        dim = self.dim = int(self.llm.config.hidden_size)
+        """Width of the LLM."""
         self.image_tokens = nn.Sequential(nn.LayerNorm(config.features[2]), nn.Linear(config.features[2], dim))
         self.extractor = PromptFeatureExtractor(config.features, dim, config.prompt_layers, config.prompt_heads)
         self.shots = ShotAttention(dim)
         self.prompt_token = nn.Linear(dim, dim)
-        self.decoder = nn.ModuleDict({"correlation": Correlation(config.features, config.correlation_groups),
-                                      "head": HeatmapHead(config, dim), "refinement": Refinement(config, dim)})  # fmt: skip
-
-    @property
-    def dim(self) -> int:
-        """Width of the LLM."""
-        return int(self.llm.config.hidden_size)
+        self.decoder = Decoder(config, dim)
 
     def encode(self, images: Tensor) -> Features:
         """(B, 3, S, S) uint8 or 0…255 → feature maps."""
@@ -60,21 +55,21 @@ class KptLLM(nn.Module):
 
     def support(self, features: list[Features], xy: Tensor, known: Tensor) -> Support:
         """S support images for each of B queries. features: S items with batch B; xy: (B, S, K, 2) in 0…1; known: (B, S, K) bool."""
-        correlation = self.decoder["correlation"]
+        correlation = self.decoder.correlation
         tokens = torch.stack([self.extractor(f, xy[:, s]) for s, f in enumerate(features)], 1)
         parts = [correlation.sample(correlation.describe(f), xy[:, s]) for s, f in enumerate(features)]
+        fine, middle, coarse = (torch.stack(level, 1) for level in zip(*parts, strict=True))
         weight = self.shots(tokens, known)
         token = (tokens * weight.unsqueeze(-1).to(tokens.dtype)).sum(1)
         layout = torch.where(known.any(1).unsqueeze(-1), (xy * weight.unsqueeze(-1)).sum(1), 0.5)
-        descriptor = tuple(torch.stack(level, 1) for level in zip(*parts, strict=True))
-        return Support(token, descriptor, weight, known.any(1), layout)  # type: ignore[arg-type]
+        return Support(token, (fine, middle, coarse), weight, known.any(1), layout)
 
     def no_support(self, batch: int, count: int, device: torch.device) -> Support:
         """The support of a question by name alone."""
-        zeros = lambda *shape: torch.zeros(batch, *shape, device=device)  # noqa: E731
-        channels = self.config.features
-        descriptor = tuple(zeros(1, count, c) for c in channels)
-        return Support(zeros(count, self.dim), descriptor, zeros(1, count), zeros(count).bool(), zeros(count, 2) + 0.5)  # type: ignore[arg-type]
+        fine, middle, coarse = (torch.zeros(batch, 1, count, c, device=device) for c in self.config.features)
+        unknown = torch.zeros(batch, count, dtype=torch.bool, device=device)
+        return Support(torch.zeros(batch, count, self.dim, device=device), (fine, middle, coarse),
+                       torch.zeros(batch, 1, count, device=device), unknown, torch.full((batch, count, 2), 0.5, device=device))  # fmt: skip
 
     def ask(self, features: Features, prefix: Support, prompts: Tensor, asked: Asked) -> tuple[Tensor, Tensor]:
         """One pass for K questions.
@@ -112,13 +107,12 @@ class KptLLM(nn.Module):
 
     def locate(self, features: Features, support: Support, state: Tensor) -> Tensor:
         """Heatmap logits (B, K, H, W) of the asked points, each independent of the others."""
-        correlation = self.decoder["correlation"]
-        planes = correlation(correlation.describe(features), support)
-        return self.decoder["head"](features.fine, planes, support, state)
+        planes = self.decoder.correlation(self.decoder.correlation.describe(features), support)
+        return self.decoder.head(features.fine, planes, support, state)
 
     def refine(self, heat: Tensor, features: Features, support: Support, state: Tensor, asked: Tensor, **fixed: Any) -> Answer:
         """All points of one object together; see `Refinement`."""
-        return self.decoder["refinement"](heat, features, support, state, asked, **fixed)
+        return self.decoder.refinement(heat, features, support, state, asked, **fixed)
 
 
 def block_mask(n_image: int, known: Tensor, asked: Asked) -> Tensor:
@@ -138,7 +132,7 @@ def block_mask(n_image: int, known: Tensor, asked: Asked) -> Tensor:
     return mask.unsqueeze(1)
 
 
-def build_llm(config: dict[str, Any], vocabulary: int) -> nn.Module:
+def build_llm(config: dict[str, Any], vocabulary: int) -> Any:
     """A causal LLM from a hub name or from a transformers config, with room for the tokenizer's vocabulary."""
     values = dict(config)
     if "hub" in values:

@@ -15,6 +15,7 @@ from kptllm_core.episodes import Episode
 from kptllm_core.keypoints import Visibility
 from kptllm_core.language import Questions, write_questions
 from kptllm_core.model import Asked, KptLLM
+from kptllm_core.vision import Features
 
 SIGMA = 1.0  # of a heatmap's target, cells
 NEAR = 0.1  # a point is right if it lies within this share of the object's size
@@ -42,7 +43,8 @@ def collate(episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase, rng
         for view in range(views):
             others = [number * views + v for v in rng.permutation(views) if v != view]
             shots = 0 if prompt == "text" else int(rng.integers(1, views))
-            rows.append({"questions": questions, "shots": others, "shot_on": [i < shots for i in range(views - 1)], "valid": [True] * k + [False] * (count - k)})
+            rows.append({"questions": questions, "shots": others, "shot_on": [i < shots for i in range(views - 1)],
+                         "valid": [True] * k + [False] * (count - k)})  # fmt: skip
     width = max(r["questions"].tokens.shape[1] for r in rows)
     tokens = np.full((len(rows), count, width), tokenizer.pad_token_id, np.int64)
     prompted, length, named = (np.zeros((len(rows), count), t) for t in (bool, np.int64, bool))
@@ -50,11 +52,18 @@ def collate(episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase, rng
         q: Questions = row["questions"]
         k, t = q.tokens.shape
         tokens[i, :k, :t], prompted[i, :k], length[i, :k], named[i, :k] = q.tokens, q.prompted, q.length, q.named
-    pad = lambda a: np.concatenate([np.pad(getattr(e, a), [(0, 0), (0, count - e.xy.shape[1])] + [(0, 0)] * (getattr(e, a).ndim - 2)) for e in episodes])  # noqa: E731
-    arrays = {"images": np.concatenate([e.images for e in episodes]).transpose(0, 3, 1, 2), "xy": pad("xy"), "visibility": pad("visibility").astype(np.int64),
-              "size": np.concatenate([e.size for e in episodes]), "shots": np.array([r["shots"] for r in rows]), "shot_on": np.array([r["shot_on"] for r in rows]),
-              "valid": np.array([r["valid"] for r in rows]), "tokens": tokens, "prompted": prompted, "length": length, "named": named,
-              "clicked": (rng.random((len(rows), 1)) < 0.2) & (rng.random((len(rows), count)) < 0.15)}  # fmt: skip
+    lines, points = (len(rows), count), [e.xy.shape[1] for e in episodes]
+    xy, visibility = np.zeros((*lines, 2), np.float32), np.zeros(lines, np.int64)
+    for number, (episode, k) in enumerate(zip(episodes, points, strict=True)):
+        part = slice(number * views, (number + 1) * views)
+        xy[part, :k], visibility[part, :k] = episode.xy, episode.visibility
+    arrays = {
+        "images": np.concatenate([e.images for e in episodes]).transpose(0, 3, 1, 2), "xy": xy, "visibility": visibility,
+        "size": np.concatenate([e.size for e in episodes]), "shots": np.array([r["shots"] for r in rows]),
+        "shot_on": np.array([r["shot_on"] for r in rows]), "valid": np.array([r["valid"] for r in rows]), "tokens": tokens,
+        "prompted": prompted, "length": length, "named": named,
+        "clicked": (rng.random((len(rows), 1)) < 0.2) & (rng.random(lines) < 0.15),
+    }  # fmt: skip
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
 
 
@@ -67,7 +76,7 @@ def loss_of(model: KptLLM, batch: Batch, naming: int = 8) -> tuple[Tensor, dict[
     """The loss of a batch and its parts. The first `naming` views also name their own points."""
     xy, visibility, valid = batch["xy"], batch["visibility"], batch["valid"]
     features = model.encode(batch["images"])
-    shots = [features[batch["shots"][:, s]] for s in range(batch["shots"].shape[1])]
+    shots = [features.pick(batch["shots"][:, s]) for s in range(batch["shots"].shape[1])]
     known = (placed(visibility) & valid)[batch["shots"]] & batch["shot_on"].unsqueeze(-1)
     support = model.support(shots, xy[batch["shots"]], known)
     asked = Asked(batch["tokens"], batch["prompted"] & support.known, batch["length"], valid)
@@ -102,12 +111,12 @@ def loss_of(model: KptLLM, batch: Batch, naming: int = 8) -> tuple[Tensor, dict[
     return total, scores
 
 
-def naming_loss(model: KptLLM, features: Any, batch: Batch, count: int) -> Tensor:
+def naming_loss(model: KptLLM, features: Features, batch: Batch, count: int) -> Tensor:
     """The third task: the image itself, and the place of a point in it; what is it called?"""
     rows = torch.nonzero(batch["named"].any(1)).flatten()[:count]
     if not len(rows):
         return features.fine.sum() * 0
-    xy, some = batch["xy"][rows], features[rows]
+    xy, some = batch["xy"][rows], features.pick(rows)
     shown = placed(batch["visibility"][rows]) & batch["valid"][rows]
     token = model.extractor(some, xy)
     empty = model.no_support(len(rows), 1, xy.device)

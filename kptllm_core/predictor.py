@@ -21,6 +21,7 @@ from kptllm_core.imaging import warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
 from kptllm_core.model import Asked
+from kptllm_core.vision import Features
 
 PROMPTS = ("auto", "visual", "text", "both")
 MAX_SHOTS = 10
@@ -106,7 +107,7 @@ class Predictor:
         boxes = [None] * len(images) if boxes is None else list(boxes)
         fixed = [None] * len(images) if fixed is None else list(fixed)
         if not len(images) == len(boxes) == len(fixed):
-            raise InvalidInput(f"{len(images)} images came with {len(boxes)} boxes and {len(fixed)} sets of fixed points; expected one for each.")
+            raise InvalidInput(f"{len(images)} images came with {len(boxes)} boxes and {len(fixed)} sets of fixed points.")
         for box in boxes:
             if box is not None and not (np.isfinite(box).all() and box[2] > 0 and box[3] > 0):
                 raise InvalidInput(f"The box {np.asarray(box).tolist()} has no area. Expected x, y, width, height in pixels.")
@@ -115,14 +116,17 @@ class Predictor:
             named = prompt != "visual"
             order = None if asked is None else [schema.index(n) for n in asked]
             found = [b if b is not None else self._find(i, schema, prepared, named) for i, b in zip(images, boxes, strict=True)]
-            crops = [crop_of_image(i.shape[1], i.shape[0], self.size) if b is None else crop_of_box(b, self.size) for i, b in zip(images, found, strict=True)]
+            crops = [self._crop(i, b) for i, b in zip(images, found, strict=True)]
             sets: list[KeypointSet] = []
             for start in range(0, len(images), BATCH):
                 part = slice(start, start + BATCH)
-                sets += self._answer(images[part], crops[part], schema, prepared.tight if prepared else None, named, order, fixed[part])
-        return [KeypointSet(s.names, s.xy, s.visibility, s.score, self._box_of(s, b, prepared, i)) for s, b, i in zip(sets, found, images, strict=True)]
+                tight = prepared.tight if prepared else None
+                sets += self._answer(images[part], crops[part], schema, tight, named, order, fixed[part])
+        boxed = zip(sets, found, images, strict=True)
+        return [KeypointSet(s.names, s.xy, s.visibility, s.score, self._box_of(s, b, prepared, i)) for s, b, i in boxed]
 
-    def name_points(self, image: np.ndarray, xy: np.ndarray, box: np.ndarray | None = None, candidates: Sequence[str] | None = None) -> list[tuple[str, float]]:
+    def name_points(self, image: np.ndarray, xy: np.ndarray, box: np.ndarray | None = None,
+                    candidates: Sequence[str] | None = None) -> list[tuple[str, float]]:  # fmt: skip
         """The third task: what are the points at xy (K, 2), in pixels, called?
 
         candidates: choose among these names; otherwise the model writes one freely. Returns (name, probability) each.
@@ -137,6 +141,9 @@ class Predictor:
             if candidates:
                 return self._choose(features, tokens[0], list(candidates))
             return self._write(features, tokens)
+
+    def _crop(self, image: np.ndarray, box: np.ndarray | None) -> Crop:
+        return crop_of_image(image.shape[1], image.shape[0], self.size) if box is None else crop_of_box(box, self.size)
 
     def _prepare(self, schema: KeypointSchema, support: Sequence[Example]) -> _Prepared:
         key = _support_key(schema, support)
@@ -162,7 +169,7 @@ class Predictor:
         features = self.model.encode(self._pixels(images, crops))
         xy = np.stack([np.clip(c.to_crop(p.xy) / self.size, 0, 1) for c, p in zip(crops, points, strict=True)])
         known = torch.from_numpy(np.stack([p.placed for p in points]))[None].to(self.device)
-        shots = [features[s : s + 1] for s in range(len(images))]
+        shots = [features.pick(slice(s, s + 1)) for s in range(len(images))]
         return self.model.support(shots, torch.from_numpy(xy).float()[None].to(self.device), known)
 
     def _find(self, image: np.ndarray, schema: KeypointSchema, prepared: _Prepared | None, named: bool) -> np.ndarray | None:
@@ -236,7 +243,7 @@ class Predictor:
         stack = np.stack([warp(i, c) for i, c in zip(images, crops, strict=True)])
         return torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.device)
 
-    def _write(self, features, tokens: Tensor) -> list[tuple[str, float]]:  # type: ignore[no-untyped-def]
+    def _write(self, features: Features, tokens: Tensor) -> list[tuple[str, float]]:
         """Greedy decoding of all K names at once."""
         count = tokens.shape[1]
         empty = self.model.no_support(1, 1, self.device)
@@ -258,15 +265,16 @@ class Predictor:
         words = written[:, Questions.IS_SLOT + 1 :].tolist()
         return [(read_name(self.tokenizer, w), float(c.exp())) for w, c in zip(words, chance, strict=True)]
 
-    def _choose(self, features, tokens: Tensor, candidates: list[str]) -> list[tuple[str, float]]:  # type: ignore[no-untyped-def]
+    def _choose(self, features: Features, tokens: Tensor, candidates: list[str]) -> list[tuple[str, float]]:
         """The likeliest of the given names for each of K points."""
         questions = write_questions(self.tokenizer, candidates, [True] * len(candidates))
         chosen: list[tuple[str, float]] = []
         for start in range(0, len(tokens), BATCH):
             part = tokens[start : start + BATCH]
             asked = self._asked(questions, len(part))
-            some = type(features)(*[m.expand(len(part), -1, -1, -1) for m in features])
-            states, _ = self.model.ask(some, self.model.no_support(len(part), 1, self.device), part[:, None].expand(-1, len(candidates), -1), asked)
+            some = features.repeat(len(part))
+            prompts = part[:, None].expand(-1, len(candidates), -1)
+            states, _ = self.model.ask(some, self.model.no_support(len(part), 1, self.device), prompts, asked)
             told = self.model.words(states[:, :, :-1]).float().log_softmax(-1).gather(-1, asked.tokens[:, :, 1:, None]).squeeze(-1)
             slot = torch.arange(told.shape[-1], device=self.device)
             counts = (slot >= Questions.IS_SLOT) & (slot < asked.length.unsqueeze(-1) - 1)
@@ -276,7 +284,7 @@ class Predictor:
 
 
 def _support_key(schema: KeypointSchema, support: Sequence[Example]) -> str:
-    digest = hashlib.sha1(repr(schema.names).encode())
+    digest = hashlib.sha256(repr(schema.names).encode())
     for example in support:
         digest.update(str(example.image.shape).encode() + np.ascontiguousarray(example.image).tobytes())
         digest.update(repr(example.keypoints.to_json()).encode())

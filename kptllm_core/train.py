@@ -112,11 +112,12 @@ class Loop:
     @property
     def used(self) -> float:
         """Share of the budget that is used up, 0…1."""
-        shares = [self.step / self.recipe.steps if self.recipe.steps else 0.0, self.spent / self.recipe.seconds if self.recipe.seconds else 0.0]
-        return min(max(shares), 1.0)
+        by_steps = self.step / self.recipe.steps if self.recipe.steps else 0.0
+        by_time = self.spent / self.recipe.seconds if self.recipe.seconds else 0.0
+        return min(max(by_steps, by_time), 1.0)
 
     def run(self, batches: Iterator[Batch], progress: Progress | None, should_stop: Callable[[], bool] | None,
-            publish: Callable[[], None] | None = None) -> bool:  # fmt: skip
+            publish: Callable[[], Any] | None = None) -> bool:  # fmt: skip
         """Trains until the budget is used up (True) or somebody stops it (False). Raises KptError on a loss that is not finite."""
         saved = published = time.monotonic()
         recent: dict[str, float] = {}
@@ -132,7 +133,8 @@ class Loop:
             if progress is not None:
                 steps = max(round(self.step / max(self.used, 1e-9)), self.step)
                 left = self.spent / max(self.used, 1e-9) - self.spent
-                progress({"step": self.step, "steps": steps, "loss": round(recent["loss"], 4), "eta_seconds": round(left, 1), "pck": round(recent["pck"], 3)})
+                progress({"step": self.step, "steps": steps, "loss": round(recent["loss"], 4), "eta_seconds": round(left, 1),
+                          "pck": round(recent["pck"], 3)})  # fmt: skip
             if time.monotonic() - saved > SAVE_EVERY:
                 self.save()
                 saved = time.monotonic()
@@ -153,7 +155,8 @@ class Loop:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
             loss, scores = loss_of(self.model, batch, self.recipe.naming)
         if not torch.isfinite(loss):
-            raise KptError(f"The loss became {float(loss)} at step {self.step}; the run stops and the last good version stays. Lower the rate or look at the data.")
+            raise KptError(f"The loss became {float(loss)} at step {self.step}; the run stops and the last good version stays. "
+                           "Lower the rate or look at the data.")  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(list(self.named.values()), 1.0)
@@ -176,9 +179,9 @@ class Loop:
         new = self.state_file.with_suffix(".new")
         note = {"step": self.step, "spent": self.spent, "curve": self.curve, "recipe": asdict(self.recipe)}
         save_file({k: v.cpu() for k, v in tensors.items()}, new, metadata={"note": json.dumps(note)})
-        with open(new, "rb") as file:
+        with new.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(new, self.state_file)
+        new.replace(self.state_file)
 
     def resume(self) -> bool:
         """Reads the state if there is one."""
@@ -198,8 +201,9 @@ class Loop:
         return True
 
 
-def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe, resume: bool = False, rendered: float = 0.45, self_pairs: float = 0.25,
-             progress: Progress | None = None, should_stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:  # fmt: skip
+def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe, resume: bool = False,
+             rendered: float = 0.45, self_pairs: float = 0.25, progress: Progress | None = None,
+             should_stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:  # fmt: skip
     """Trains a preset from nothing on labelled folders and rendered categories; writes a checkpoint to `out` and returns its
     metrics, or None if it was stopped (then --resume goes on). Without `data` it trains on renderings alone."""
     config = ModelConfig.load(model_folder(model))
@@ -216,7 +220,8 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
     loop = Loop(built, recipe, state, device)
     resumed = loop.resume() if resume else False
     images, shape = Images(), Augmentation()
-    sources: list[tuple[Source, float]] = [(Rendered(shape, recipe.max_points), rendered), (SelfPairs(samples, shape, recipe.max_points, images), self_pairs)]
+    sources: list[tuple[Source, float]] = [(Rendered(shape, recipe.max_points), rendered),
+                                           (SelfPairs(samples, shape, recipe.max_points, images), self_pairs)]  # fmt: skip
     if samples:
         sources.append((Labelled(samples, shape, recipe.max_points, images), 1 - rendered - self_pairs))
     batches = _stream(sources, tokenizer, recipe, config.image_size, loop.step)
@@ -227,11 +232,12 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
         store.save_checkpoint(out, built, tokenizer, metrics, {**built.state_dict(), **loop.average})
         return metrics
 
-    return publish() if loop.run(batches, progress, should_stop, lambda: publish() and None) else None
+    return publish() if loop.run(batches, progress, should_stop, publish) else None
 
 
-def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: Path | None = None, seconds: float | None = None, steps: int | None = None,
-                  seed: int = 0, resume: bool = False, progress: Progress | None = None, should_stop: Callable[[], bool] | None = None,
+def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: Path | None = None,
+                  seconds: float | None = None, steps: int | None = None, seed: int = 0, resume: bool = False,
+                  progress: Progress | None = None, should_stop: Callable[[], bool] | None = None,
                   recipe: Recipe = ADAPT, loaded: store.Checkpoint | None = None) -> dict[str, Any]:  # fmt: skip
     """A LoRA adapter from labelled folders (one category, at least 2 images), published whole at `out`.
 
@@ -263,7 +269,7 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "images": len({s.image_path for s in samples}),
                "objects": len(samples), "recipe": asdict(recipe), "curve": loop.curve}  # fmt: skip
     info = {"base": found.base, "parent": parent.name if parent else None, "schema": samples[0].schema.to_json(), "data": data_hash(data)}
-    weights = {**adapter_state(model), **{k: v for k, v in loop.average.items()}}
+    weights = {**adapter_state(model), **loop.average}
     store.save_adapter(out, model, info, metrics, weights)
     shutil.rmtree(loop.state_file.parent, ignore_errors=True)
     return metrics
@@ -312,7 +318,8 @@ def _names(samples: Sequence[Sample]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="nano", help="preset or checkpoint folder (default: nano)")
-    parser.add_argument("--data", action="append", type=Path, default=[], metavar="DIR", help="folder with annotations.json and images/; may be repeated")
+    parser.add_argument("--data", action="append", type=Path, default=[], metavar="DIR",
+                        help="folder with annotations.json and images/; may be repeated")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint or adapter goes")
     parser.add_argument("--lora", action="store_true", help="train an adapter on the model's weights, from a few labelled images")
     parser.add_argument("--parent", type=Path, metavar="DIR", help="with --lora: the adapter to start from")
@@ -347,8 +354,10 @@ def run(args: argparse.Namespace) -> int:
         if not args.data:
             raise InvalidInput("--lora needs --data DIR: the folder with the labelled images.")
         try:
-            metrics: dict[str, Any] | None = train_adapter(args.model, args.data, args.out, parent=args.parent, seconds=budget[0], steps=budget[1], seed=args.seed,
-                                                           resume=args.resume, progress=progress, should_stop=lambda: bool(stopped), recipe=recipe)  # fmt: skip
+            metrics: dict[str, Any] | None = train_adapter(
+                args.model, args.data, args.out, parent=args.parent, seconds=budget[0], steps=budget[1], seed=args.seed,
+                resume=args.resume, progress=progress, should_stop=lambda: bool(stopped), recipe=recipe,
+            )  # fmt: skip
         except InvalidInput:
             if not stopped:
                 raise

@@ -6,6 +6,7 @@ transformers with a small pyramid on top. Both give the same `Features`.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,13 @@ class Features(NamedTuple):
     middle: Tensor
     coarse: Tensor
 
-    def __getitem__(self, index: Any) -> Features:  # type: ignore[override]
+    def pick(self, index: Any) -> Features:
         """A selection along the batch."""
         return Features(self.fine[index], self.middle[index], self.coarse[index])
+
+    def repeat(self, batch: int) -> Features:
+        """One image's maps for a batch."""
+        return Features(*(m.expand(batch, -1, -1, -1) for m in self))
 
 
 def build_encoder(config: dict[str, Any], channels: tuple[int, int, int]) -> nn.Module:
@@ -50,9 +55,14 @@ def position_code(xy: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
+def cell_centres(count: int, device: torch.device) -> Tensor:
+    """(count,) centres of cells along one side, in 0…1."""
+    return (torch.arange(count, device=device) + 0.5) / count
+
+
 def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
     """(height·width, 2) centres of cells, x then y, in 0…1."""
-    y, x = torch.meshgrid((torch.arange(height, device=device) + 0.5) / height, (torch.arange(width, device=device) + 0.5) / width, indexing="ij")
+    y, x = torch.meshgrid(cell_centres(height, device), cell_centres(width, device), indexing="ij")
     return torch.stack([x, y], -1).flatten(0, 1)
 
 
@@ -183,6 +193,4 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _interpolates(backbone: nn.Module) -> bool:
-    import inspect
-
     return "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
