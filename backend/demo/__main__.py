@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from backend.connect import Connection
 from backend.demo import services
 from backend.demo.project import DemoProject
 from backend.demo.samples import Material, choose, from_folder, rendered
@@ -22,7 +23,6 @@ from backend.label_studio import LabelStudio
 from kptllm_core.errors import KptError, NotFound, Unavailable
 
 RENDERED = 24
-TITLE = "Keypoint model"
 _STARTED = time.monotonic()
 
 
@@ -94,7 +94,7 @@ def _running(options: argparse.Namespace) -> Iterator[tuple[LabelStudio, str, se
     url = f"http://{services.LOOPBACK}:{at}"
     try:
         say(f"Starting Label Studio at {url} (half a minute) ...")
-        server.start(services.answers(f"{url}/health"), 300)
+        server.start(services.answers(f"{url}/health"), 600)
         port, core = services.free_port(9090), services.free_port(9091)
         backend = f"http://{services.LOOPBACK}:{port}"
         product = services.product(options.folder, {
@@ -103,8 +103,8 @@ def _running(options: argparse.Namespace) -> Iterator[tuple[LabelStudio, str, se
         })  # fmt: skip
         try:
             say(f"Starting backend and core at {backend} ...")
-            product.start(services.answers(f"{backend}/health"), 180)
-            services.wait_until(services.answers(f"http://{services.LOOPBACK}:{core}/health"), product, 300)
+            # Its version names the base once the core has loaded it; until then predictions would be asked for twice.
+            product.start(services.answers(f"{backend}/health", "base"), 300)
             yield LabelStudio(url, login.token), backend, login
         finally:
             product.stop()
@@ -116,10 +116,10 @@ def _project(label_studio: LabelStudio, backend: str, material: Material) -> Tou
     """The project, with the backend attached to it."""
     say(f"Making the project '{material.title}' of {len(material.pictures)} images ...")
     project = DemoProject(label_studio, material)
-    mine = f"{backend}/projects/{project.id}"
-    entry = label_studio.attach_backend(project.id, mine, TITLE)
-    label_studio.set_project_model_version(project.id, TITLE)
-    return Tour(project, f"{mine}/status", int(entry["id"]), say)
+    if not Connection(label_studio, project.id, backend).make():
+        raise Unavailable("The project could not be connected; see above.")
+    (entry,) = label_studio.ml_backends(project.id)
+    return Tour(project, f"{backend}/projects/{project.id}/status", int(entry["id"]), say)
 
 
 def _show(tour: Tour, material: Material) -> None:

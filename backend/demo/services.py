@@ -168,12 +168,13 @@ def wait_until(ready: Callable[[], bool], service: Service, seconds: float) -> N
         time.sleep(0.3)
 
 
-def answers(url: str) -> Callable[[], bool]:
-    """Does a GET of `url` answer 200?"""
+def answers(url: str, key: str | None = None) -> Callable[[], bool]:
+    """Does a GET of `url` answer 200, and, with a `key`, does the JSON object that it answers hold something there?"""
 
     def ask() -> bool:
         try:
-            return requests.get(url, timeout=5, proxies={"http": "", "https": ""}).status_code == 200
+            answer = requests.get(url, timeout=5, proxies={"http": "", "https": ""})
+            return answer.status_code == 200 and (key is None or bool(answer.json().get(key)))
         except requests.RequestException:
             return False
 
