@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import os
 import sys
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the steps; 0 when all passed, 1 otherwise. Raises InvalidInput for options that cannot be used."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no ✓ gets a ?
-    settings = Settings.from_env(os.environ)
+    settings = Settings.from_env()
     user, password = args.basic_user or settings.basic_auth_user, args.basic_pass or settings.basic_auth_pass
     if bool(user) != bool(password):
         raise InvalidInput("--basic-user and --basic-pass go together; only one of them was given.")
