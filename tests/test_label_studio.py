@@ -67,7 +67,7 @@ def test_a_personal_token_buys_access_and_renews_it_in_time(server: SmallServer)
 
     def sell(request: Request) -> Answer:
         assert request.json() == {"refresh": PERSONAL} and "Authorization" not in request.headers
-        bought.append(access_token(300 if not bought else 1, len(bought)))
+        bought.append(access_token(300 if not bought else 2, len(bought)))
         return reply({"access": bought[-1]})
 
     server.routes["/api/token/refresh/"] = sell
@@ -79,7 +79,7 @@ def test_a_personal_token_buys_access_and_renews_it_in_time(server: SmallServer)
         reply({"id": 1}) if request.headers["Authorization"] != f"Bearer {bought[0]}" else Answer(401)
     )
     assert studio.me() == {"id": 1} and len(bought) == 2  # refused once, renewed once
-    time.sleep(0.85)  # the second one is good for a second
+    time.sleep(1.7)  # the second one is good for two seconds
     studio.me()
     assert len(bought) == 3
 
@@ -294,7 +294,7 @@ def test_time_and_size_are_limited(server: SmallServer) -> None:
     start = time.monotonic()
     with pytest.raises(Unavailable, match="in time"):
         client(server.url, timeout=0.2, tries=1).me()
-    assert time.monotonic() - start < 1.0
+    assert time.monotonic() - start < 3.0
     server.routes[WHO] = Answer(raw=lambda out: time.sleep(0.5))
     with pytest.raises(Unavailable):
         client(server.url, timeout=0.1, tries=1).me()
