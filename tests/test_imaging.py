@@ -1,0 +1,70 @@
+"""Image files as they come: every mode, damaged, empty, too large."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kptllm_core.errors import ImageError, TooLarge
+from kptllm_core.imaging import image_size, read_image
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+RAMP = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (48, 1)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"), [("RGB", "JPEG"), ("L", "PNG"), ("RGBA", "PNG"), ("P", "GIF"), ("CMYK", "JPEG"), ("RGB", "WEBP"), ("RGB", "TIFF"), ("1", "PNG")]
+)  # fmt: skip
+def test_every_kind_becomes_rgb(mode: str, form: str) -> None:
+    data = encoded(RAMP.convert("RGB").convert(mode), form)
+    image = read_image(data)
+    assert image.shape == (48, 64, 3)
+    assert image.dtype == np.uint8
+    assert image_size(data) == (64, 48)
+    assert int(image[24, 60].mean()) > int(image[24, 4].mean()) + 100  # still dark on the left, bright on the right
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    deep = Image.fromarray((np.tile(np.linspace(0, 65535, 64), (48, 1))).astype(np.uint16))
+    image = read_image(encoded(deep))
+    assert 120 < int(image[0, 32, 0]) < 135
+    assert int(image[0, 16, 0]) < int(image[0, 48, 0]) < 200
+
+
+def test_transparency_is_white() -> None:
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert read_image(encoded(clear)).min() == 255
+
+
+def test_the_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert read_image(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", encoded(RAMP)[:70], b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
+def test_bytes_that_are_no_whole_image(data: bytes) -> None:
+    with pytest.raises(ImageError):
+        read_image(data)
+
+
+def test_a_pixel_bomb_is_refused_on_its_header() -> None:
+    data = encoded(Image.new("1", (15000, 9000)))
+    with pytest.raises(TooLarge, match="15000 × 9000"):
+        image_size(data)
+    with pytest.raises(TooLarge):
+        read_image(data)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ImageError, match=r"nowhere\.jpg"):
+        read_image("nowhere.jpg")
