@@ -16,7 +16,7 @@ from kptllm_core.errors import DataError, InvalidInput
 from kptllm_core.evaluate import CopyPredictor, Options, evaluate, load_categories, score_predictor, write_sheet
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.predictor import Example
-from kptllm_core.protocol import Category, box_handed, draw_episodes, shuffled, turn
+from kptllm_core.protocol import Category, box_handed, draw_episodes, shuffled, turn, with_box
 from kptllm_core.report import table, write_json
 
 NAMES = ("nose", "left_ear", "right_ear", "tail")
@@ -420,3 +420,19 @@ def test_one_picture_per_category(tmp_path: Path) -> None:
     evaluate(CopyPredictor(), categories, Options(episodes=3, queries=5), draw)
     assert sheets == ["a mouse/rat"]
     assert Image.open(tmp_path / "pictures" / "a_mouse_rat.png").width == 5 * 330 + 10  # one support, four queries
+
+
+def test_objects_without_a_box_are_measured_by_their_points() -> None:
+    image = np.zeros((100, 200, 3), np.uint8)
+    own = KeypointSet(("a", "b"), np.array([[10, 10], [10, 60]]), np.array([2, 2]), box=np.array([0, 0, 80, 90]))
+    assert with_box(own, image) is own
+    bare = KeypointSet(own.names, own.xy, own.visibility)
+    assert with_box(bare, image).box == pytest.approx([5, 5, 10, 60])  # a line has an area, too
+    single = KeypointSet(own.names, own.xy, np.array([2, 0]), box=np.array([10, 10, 0, 0]))
+    assert with_box(single, image).box == pytest.approx([0, 0, 20, 20])
+    with pytest.raises(DataError, match="neither a box nor a labelled point"):
+        with_box(KeypointSet(own.names, own.xy, np.array([0, 3])), image)
+    near = Example(image, KeypointSet(("a",), np.array([[101, 50]]), np.array([2])))
+    truth = KeypointSet(("a",), np.array([[100, 50]]), np.array([2]))
+    score = score_predictor(CopyPredictor(), [(image, truth)], KeypointSchema(("a",)), [near])
+    assert score["points"] == 1 and 0 <= score["pck"]["0.1"] <= 1
