@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from label_config.writer import config_of
-
 from kptllm_core.dataset import Sample, load_coco
 from kptllm_core.errors import DataError
 from kptllm_core.imaging import image_size
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from label_config import load_template
 from label_config.schema import KeypointControl, parse
+from label_config.writer import config_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 FALLBACK = "rigid_object"

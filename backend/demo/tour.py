@@ -109,6 +109,10 @@ class Tour:
             self.say(text)
         return text
 
+    def wait_until_serves(self, version: str) -> None:
+        """Until Label Studio hears that this version serves."""
+        self._wait(f"{version} serves", LATE, lambda: self.version == version)
+
     def _wait_for_labelled(self, count: int) -> None:
         self._wait(f"the backend knows {count} labelled images", LATE, lambda: self.status()["labelled"] >= count)
 
@@ -144,7 +148,7 @@ def once(tour: Tour, round_seconds: float) -> Json:
     tour.say("Start training ...")
     job, version = tour.train(round_seconds)
     tour.say(f"  {version['reason']}")
-    tour._wait("the version that was decided for serves", LATE, lambda: (tour.version == version["model_version"]) == job["promoted"])
+    tour.wait_until_serves(version["model_version"] if job["promoted"] else serving)
     again = tour.predict(measured)
     after = _score(tour, measured, again)
     tour.say(f"  after the round: {after}")
