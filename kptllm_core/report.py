@@ -184,12 +184,16 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Complete or not at all: written beside, then renamed. DataError if the place cannot be written."""
+def write_json(path: Path, data: dict[str, Any] | list[Any]) -> None:
+    """Complete or not at all: written beside, then renamed; a list has one item per line. DataError if that fails."""
     part = path.with_name(path.name + ".part")
+    if isinstance(data, list):
+        text = "[\n" + ",\n".join(json.dumps(item, ensure_ascii=False, allow_nan=False) for item in data) + "\n]\n"
+    else:
+        text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         part.replace(path)
     except OSError as error:
         raise DataError(f"Cannot write {path}: {error.strerror}. Choose another --out.") from None
