@@ -35,7 +35,7 @@ def test_every_setting_is_documented_as_the_code_says() -> None:
 
 def test_the_settings_of_the_core_are_documented() -> None:
     for path in (ROOT / "kptllm_core").rglob("*.py"):
-        for name in re.findall(r"environ(?:\.get\(|\[)\s*[\"'](\w+)", path.read_text(encoding="utf-8")):
+        for name in re.findall(r"os\.environ(?:\.get\(|\[)\s*[\"'](\w+)", path.read_text(encoding="utf-8")):
             assert f"`{name}`" in README, f"{path.name} reads {name}, which the README does not name"
 
 

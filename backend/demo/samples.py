@@ -82,7 +82,7 @@ def from_folder(images: Path, labels: Path | None, config: Path | None) -> Mater
         xml = config_of(samples[0].schema) if samples else load_template(FALLBACK)
     schema = parse(xml).controls[0].schema
     truth = _truth(samples, schema)
-    if labels and not truth:
+    if labels and not any(path.name in truth for path in files):
         raise DataError(f"{labels} describes none of the images in {images} with points that the label config knows "
                         f"({', '.join(schema.names)}). Its file names must be those of the images.")  # fmt: skip
     pictures = []
