@@ -110,7 +110,7 @@ class HeatmapHead(nn.Module):
         super().__init__()
         fine, width = config.features[0], config.head_width
         groups = self.groups = config.correlation_groups
-        self.answer = nn.Linear(dim, groups * fine)
+        self.answer = nn.Linear(dim, fine)
         self.answer_field = nn.Conv2d(fine, fine, 1)
         self.gate = nn.Parameter(torch.zeros(groups))
         self.open = nn.Conv2d(4 * groups + 3, 2 * width, 3, padding=1)
@@ -126,8 +126,9 @@ class HeatmapHead(nn.Module):
 
     def forward(self, fine: Tensor, planes: list[Tensor], support: Support, state: Tensor) -> Tensor:
         """fine: (B, C, H, W), planes: three (B, K, G, ·, ·), state: (B, K, D) → (B, K, H, W) logits."""
-        query = self.answer(state).unflatten(-1, (self.groups, -1))
-        answer = torch.einsum("bkgc,bchw->bkghw", query, self.answer_field(fine)) * fine.shape[1] ** -0.5
+        query = F.normalize(self.answer(state).float().unflatten(-1, (self.groups, -1)), dim=-1)
+        field = F.normalize(self.answer_field(fine).float().unflatten(1, (self.groups, -1)), dim=2)
+        answer = torch.einsum("bkgc,bgchw->bkghw", query.to(fine.dtype), field.to(fine.dtype))
         answer = answer * self.gate[:, None, None].to(answer.dtype)
         near, middle, far = (p.flatten(0, 1) for p in planes)
         layout = layout_planes(support, *middle.shape[-2:]).flatten(0, 1).to(middle.dtype)

@@ -40,6 +40,7 @@ from kptllm_core.objective import Batch, collate, loss_of
 
 MIN_LABELLED = 2
 SAVE_EVERY = 60.0  # seconds
+GATE = 2.0  # a gate at zero spares a pretrained model the noise of a new LLM path; from scratch it only starves that path of gradient
 PUBLISH_EVERY = 600.0  # seconds between the checkpoints that a long pretraining leaves on its way
 Progress = Callable[[dict[str, Any]], None]
 
@@ -217,6 +218,7 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
     torch.manual_seed(recipe.seed)
     device = best_device()
     built = KptLLM(config, len(tokenizer)).to(device)
+    nn.init.constant_(built.decoder.head.gate, GATE)
     loop = Loop(built, recipe, state, device)
     resumed = loop.resume() if resume else False
     images, shape = Images(), Augmentation()
