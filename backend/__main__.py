@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from backend import connect as connecting
 from backend.settings import Settings
 from kptllm_core.errors import KptError
 
@@ -19,8 +20,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     connect = commands.add_parser("connect", help="attach a project of an existing Label Studio, each step checked")
-    from backend import connect as connecting
-
     connecting.add_arguments(connect)
     commands.add_parser("demo", help="the whole tour on this machine: Label Studio, backend and core", add_help=False)
     options, rest = parser.parse_known_args(arguments)
@@ -35,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
             return connecting.run(options)
         from backend.supervisor import supervise
 
-        return supervise(Settings.from_env(os.environ), os.environ)
+        return supervise(Settings.from_env(), os.environ)
     except KptError as error:
         print(f"python -m backend: {error.message}", file=sys.stderr)
         return 1

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from flask import Blueprint, Flask, Response, current_app, g, jsonify, render_template, request
 from werkzeug.exceptions import HTTPException
 
+from backend.connect import SECRET_HEADER
 from backend.intake import project_of
 from backend.keeper import Keeper
 from backend.model import KptLLMBackend
@@ -31,7 +32,6 @@ from kptllm_core.errors import InvalidInput, KptError, NotFound, SchemaError, To
 log = logging.getLogger(__name__)
 MAX_BODY = 64 * 2**20  # bytes; all tasks of a project come in one /predict
 KEPT_FREE = 3  # threads that no prediction takes, so that /health, /setup and /webhook are answered at once
-SECRET_HEADER = "X-Webhook-Secret"  # noqa: S105 - the header's name, not the secret
 wire = Blueprint("wire", __name__)
 
 
@@ -55,9 +55,7 @@ def create_app(services: Services) -> Flask:
 
 def application() -> Flask:
     """For gunicorn: the application of this process's environment, with the background work."""
-    from backend.supervisor import settings_of_process
-
-    settings = settings_of_process()
+    settings = Settings.from_env()
     logging.basicConfig(level=settings.log_level, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("urllib3").setLevel(logging.WARNING)  # at DEBUG it writes addresses, which may carry signatures
     services = Services.make(settings)

@@ -20,6 +20,7 @@ from backend.intake import annotation_row, id_of, project_of, task_row
 from backend.prediction import Json, Prediction, failed
 from backend.rounds import Rounds
 from backend.services import Services
+from backend.settings import Settings
 from backend.tables import Version
 from kptllm_core.errors import ArtifactError, InvalidInput, KptError, Unavailable
 from label_config.schema import LabelConfig, parse
@@ -58,9 +59,8 @@ class KptLLMBackend(LabelStudioMLBase):
                 cls.services, cls.rounds = services, Rounds(services)
             if cls.services is None or cls.rounds is None:
                 from backend.keeper import Keeper
-                from backend.supervisor import settings_of_process
 
-                cls.services = Services.make(settings_of_process())
+                cls.services = Services.make(Settings.from_env())
                 cls.rounds = Rounds(cls.services)
                 Keeper(cls.services, cls.rounds).start()
             return cls.services, cls.rounds
@@ -149,7 +149,7 @@ class KptLLMBackend(LabelStudioMLBase):
         """Annotations of one event, in whatever form they come; what is incomplete is left to the sweep."""
         journal = self.connect()[0].journal
         config = getattr(self, "config", None)
-        tasks = {t["id"]: t for t in _dicts(data, "task") if "id" in t}
+        tasks = {t["id"]: t for t in _dicts(data, "task") if isinstance(t.get("id"), int)}
         rows, task_rows, incomplete = [], [], 0
         for body in _dicts(data, "annotation"):
             task = body.get("task")
@@ -159,7 +159,8 @@ class KptLLMBackend(LabelStudioMLBase):
             if not isinstance(body.get("result"), list) or task is None:
                 incomplete += 1
                 continue
-            rows.append(annotation_row(self.project_id, body, id_of(task, "annotation's task"), config))
+            task = id_of(task, "annotation's task")
+            rows.append(annotation_row(self.project_id, body, task, config))
             if task in tasks and tasks[task].get("data"):
                 task_rows.append(task_row(self.project_id, tasks[task], config))
         if incomplete or not rows:

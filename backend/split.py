@@ -85,7 +85,12 @@ def version_name(base: str, round_number: int, support: list[Any], names: dict[s
     if not support:
         return f"{base}+r{round_number}+s0"
     shown = [
-        [entry["task"], control, example["image"], sorted(zip(points["names"], points["xy"], points["visibility"], strict=True))]
+        [
+            entry["task"],
+            control,
+            example["image"],
+            sorted(zip(points["names"], points["xy"], points["visibility"], strict=True)),
+        ]
         for entry in support
         for control, example in sorted(entry["controls"].items())
         for points in [example["keypoints"]]

@@ -13,7 +13,6 @@ import ctypes
 import logging
 import os
 import selectors
-import shlex
 import signal
 import socket
 import subprocess
@@ -39,11 +38,6 @@ STARTING_SECONDS = 600.0  # time for the first answer: a model may have to be lo
 NOT_FOR_THE_CORE = ("LABEL_STUDIO_API_KEY", "BASIC_AUTH_PASS", "WEBHOOK_SECRET", "DATABASE_URL")
 _PR_SET_PDEATHSIG = 1
 log = logging.getLogger(__name__)
-
-
-def settings_of_process() -> Settings:
-    """The settings of this process's environment. InvalidInput says which variable is wrong."""
-    return Settings.from_env(os.environ)
 
 
 @dataclass
@@ -157,7 +151,7 @@ class Supervisor:
         self._selector.register(child.process.stdout, selectors.EVENT_READ, child)
         child.started = time.monotonic()
         child.restart_at, child.answered, child.silent, child.probe_at = None, False, 0, child.started + 1.0
-        self._say(child, f"started (process {child.process.pid}): {shlex.join(child.command[1:5])} …")
+        self._say(child, f"started, process {child.process.pid}")
 
     def _ended(self, child: Child, code: int, now: float) -> None:
         self._drain(child)

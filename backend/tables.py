@@ -97,7 +97,7 @@ class Annotation(Base):
     received_at: Mapped[float] = mapped_column(Float, default=time.time)
     __table_args__ = (
         UniqueConstraint("project", "annotation", "updated_us", "result_hash", name="one_saying"),
-        Index("current_annotations", "project", "current", "task"),
+        Index("current_annotations", "project", "current", "task", "counts", "deleted", "points"),
     )
 
 

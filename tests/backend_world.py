@@ -36,7 +36,8 @@ from kptllm_core.store import AdapterStore, ImageStore
 CONFIG = """<View><Image name="image" value="$image"/>
 <KeyPointLabels name="kp" toName="image" smart="true"><Label value="nose"/><Label value="tail"/><Label value="ear"/></KeyPointLabels></View>"""
 WITH_BOX = CONFIG.replace(
-    "</View>", '<RectangleLabels name="kp_bbox" toName="image" smart="true"><Label value="dog"/></RectangleLabels></View>'
+    "</View>",
+    '<RectangleLabels name="kp_bbox" toName="image" smart="true"><Label value="dog"/></RectangleLabels></View>',
 )
 SIZE = (64, 48)
 GOOD = {"pck": {"0.05": 0.6, "0.1": 0.8}, "nme": 0.08, "points": 9}
@@ -74,7 +75,14 @@ class World:
         images, adapters = ImageStore(folder / "core/images"), AdapterStore(folder / "core/adapters")
         engine = Engine(lambda: self.predictor, images, adapters)  # type: ignore[arg-type, return-value]
         engine.load()
-        self.core = Core(images, adapters, engine, JobQueue(folder / "core/rounds", images, adapters, command=self._train), "timed", "cpu")
+        self.core = Core(
+            images,
+            adapters,
+            engine,
+            JobQueue(folder / "core/rounds", images, adapters, command=self._train),
+            "timed",
+            "cpu",
+        )
         self.core.jobs.start()
         self.core_requests: list[tuple[str, str]] = []
         self._core_app = create_core_app(self.core)
@@ -146,7 +154,9 @@ class World:
             assert answer.status_code == 200, answer.get_data(as_text=True)
 
     def setup(self, config: str = CONFIG, project: str = "1.1700000000") -> Any:
-        return self.client.post("/setup", json={"project": project, "schema": config, "hostname": "", "access_token": "no"})
+        return self.client.post(
+            "/setup", json={"project": project, "schema": config, "hostname": "", "access_token": "no"}
+        )
 
     def predict(self, *tasks: dict[str, Any], config: str = CONFIG, context: Any = None) -> list[dict[str, Any]]:
         body = {"tasks": list(tasks), "project": "1.1700000000", "label_config": config, "params": {"context": context}}
@@ -194,7 +204,9 @@ class World:
             return reply({"tasks": [t for t in found if t.get("annotations") or not annotated]})
 
         self.studio.routes["/api/projects/1/"] = project_call
-        self.studio.routes["/api/projects/1/model-versions/"] = reply({"live": [{"id": 5, "title": live}], "static": []})
+        self.studio.routes["/api/projects/1/model-versions/"] = reply(
+            {"live": [{"id": 5, "title": live}], "static": []}
+        )
         self.studio.routes["/api/tasks/"] = task_list
         return project
 
@@ -222,6 +234,8 @@ def world(folder: Path, **changes: Any) -> Iterator[World]:
 
 def placed(prediction: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Label → (x, y) in per cent."""
-    return {r["value"]["keypointlabels"][0]: (r["value"]["x"], r["value"]["y"]) for r in prediction["result"] if r["type"] == "keypointlabels"}
-
-
+    return {
+        r["value"]["keypointlabels"][0]: (r["value"]["x"], r["value"]["y"])
+        for r in prediction["result"]
+        if r["type"] == "keypointlabels"
+    }

@@ -122,7 +122,11 @@ def test_label_studio_down_predictions_go_on_without_the_examples_that_are_lost(
 def test_the_boxes_of_the_newest_annotation_are_the_objects(here: World) -> None:
     calls = asked(here)
     old = {"id": 1, "result": [rectangle(0, 0, 10, 10)], "updated_at": "2026-01-01T00:00:00Z"}
-    new = {"id": 2, "result": [rectangle(25, 25, 50, 50), rectangle(1, 2, 10, 10)], "updated_at": "2026-01-02T00:00:00Z"}
+    new = {
+        "id": 2,
+        "result": [rectangle(25, 25, 50, 50), rectangle(1, 2, 10, 10)],
+        "updated_at": "2026-01-02T00:00:00Z",
+    }
     skipped = {"id": 3, "result": [rectangle(5, 5, 5, 5)], "updated_at": "2026-01-03T00:00:00Z", "was_cancelled": True}
     (prediction,) = here.predict(here.task(1, annotations=[old, new, skipped]), config=WITH_BOX)
     boxes = [None if b is None else [round(float(v), 2) for v in b] for b in calls[-1]["boxes"]]
@@ -160,7 +164,11 @@ def test_a_smart_rectangle_gives_the_points_of_that_box(here: World) -> None:
 
 
 def click(positive: bool = True, **value: Any) -> dict[str, Any]:
-    return {"result": [region("tail", 75.0, 25.0, is_positive=positive) | {"value": {"x": 75.0, "y": 25.0, "width": 0.5, **value}}]}
+    return {
+        "result": [
+            region("tail", 75.0, 25.0, is_positive=positive) | {"value": {"x": 75.0, "y": 25.0, "width": 0.5, **value}}
+        ]
+    }
 
 
 def test_a_smart_click_is_the_truth_for_its_point(here: World) -> None:
@@ -179,7 +187,9 @@ def test_a_click_without_a_label_is_named_by_the_model(here: World) -> None:
     assert placed(prediction)["nose"] == (75.0, 25.0)
 
 
-@pytest.mark.parametrize("context", [{}, {"result": None}, {"result": [None, 1]}, {"result": [{}]}, "x", {"result": [{"value": []}]}])
+@pytest.mark.parametrize(
+    "context", [{}, {"result": None}, {"result": [None, 1]}, {"result": [{}]}, "x", {"result": [{"value": []}]}]
+)
 def test_odd_contexts_do_no_harm(here: World, context: Any) -> None:
     assert here.predict(here.task(1), context=context)[0]["result"]
 
@@ -274,7 +284,9 @@ def test_it_subclasses_label_studio_mls_base_where_that_is_installed(tmp_path: P
     package = tmp_path / "label_studio_ml"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "model.py").write_text("class LabelStudioMLBase:\n    def __init__(self, *a, **k):\n        raise AssertionError('ours is used')\n")
+    (package / "model.py").write_text(
+        "class LabelStudioMLBase:\n    def __init__(self, *a, **k):\n        raise AssertionError('ours is used')\n"
+    )
     code = "from label_studio_ml.model import LabelStudioMLBase as B; from backend.model import KptLLMBackend as K; print(issubclass(K, B))"
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]; {code}"],
@@ -286,9 +298,17 @@ def test_it_subclasses_label_studio_mls_base_where_that_is_installed(tmp_path: P
     ("event", "data", "new"),
     [
         ("ANNOTATION_CREATED", lambda w: {"annotation": w.annotation(1), "task": w.task(1)}, 1),
-        ("ANNOTATIONS_CREATED", lambda w: {"annotation": [w.annotation(1), w.annotation(2)], "task": [w.task(1), w.task(2)]}, 2),
+        (
+            "ANNOTATIONS_CREATED",
+            lambda w: {"annotation": [w.annotation(1), w.annotation(2)], "task": [w.task(1), w.task(2)]},
+            2,
+        ),
         ("ANNOTATION_UPDATED", lambda w: {"annotation": w.annotation(1) | {"task": {"id": 1}}, "task": w.task(1)}, 1),
-        ("ANNOTATION_CREATED", lambda w: {"annotation": {k: v for k, v in w.annotation(1).items() if k != "task"}, "task": w.task(1)}, 1),
+        (
+            "ANNOTATION_CREATED",
+            lambda w: {"annotation": {k: v for k, v in w.annotation(1).items() if k != "task"}, "task": w.task(1)},
+            1,
+        ),
         ("ANNOTATIONS_CREATED", lambda w: {"annotations": [w.annotation(1)], "tasks": [w.task(1)]}, 1),
         ("ANNOTATION_CREATED", lambda w: {}, 0),
         ("ANNOTATION_CREATED", lambda w: {"annotation": {"id": 5}}, 0),

@@ -120,7 +120,13 @@ def test_which_annotations_count(journal: Journal, more: dict[str, Any], counts:
 
 
 def test_ground_truth_speaks_for_its_image_then_the_newest(journal: Journal) -> None:
-    record(journal, (1, body(1, 5, second=1, ground_truth=True)), (1, body(1, 6, second=9)), (2, body(2, 7, second=1)), (2, body(2, 8, second=2)))
+    record(
+        journal,
+        (1, body(1, 5, second=1, ground_truth=True)),
+        (1, body(1, 6, second=9)),
+        (2, body(2, 7, second=1)),
+        (2, body(2, 8, second=2)),
+    )
     rows = {a.id: a.annotation for a in current(journal).values()}
     assert [rows[c.row] for c in journal.candidates("1")] == [5, 8]
 
@@ -134,7 +140,21 @@ def test_the_support_set_changes_at_1_2_5_10_images_only(journal: Journal) -> No
     assert names[0] == "nano-0+r0+s0"
     changed = [at for at in range(1, 13) if names[at] != names[at - 1]]
     assert changed == [1, 2, 5, 10]
-    assert [n.split("+s")[1].split(".")[0] for n in names] == ["0", "1", "2", "2", "2", "5", "5", "5", "5", "5", "8", "8", "8"]
+    assert [n.split("+s")[1].split(".")[0] for n in names] == [
+        "0",
+        "1",
+        "2",
+        "2",
+        "2",
+        "5",
+        "5",
+        "5",
+        "5",
+        "5",
+        "8",
+        "8",
+        "8",
+    ]
     assert all(split.MADE_HERE.fullmatch(n) for n in names)
     assert len(journal.versions("1")) == 5
 
@@ -199,7 +219,9 @@ def test_a_config_of_other_names_has_no_examples_until_it_is_undone(journal: Jou
 def test_colours_change_nothing(journal: Journal) -> None:
     record(journal, (1, body(1)))
     before = journal.active("1").name
-    assert journal.observe("1", CONFIG.replace('value="nose"', 'value="nose" background="red"'), "nano-0").name == before
+    assert (
+        journal.observe("1", CONFIG.replace('value="nose"', 'value="nose" background="red"'), "nano-0").name == before
+    )
 
 
 def test_another_base_is_another_version_with_the_same_examples(journal: Journal) -> None:
@@ -282,7 +304,9 @@ def test_which_adapters_fit_a_changed_config() -> None:
     assert split.adapter_fits([], names)
 
 
-@pytest.mark.parametrize(("value", "project"), [("12.1699", "12"), (12, "12"), ({"id": 12, "title": "x"}, "12"), ("abc", "abc")])
+@pytest.mark.parametrize(
+    ("value", "project"), [("12.1699", "12"), (12, "12"), ({"id": 12, "title": "x"}, "12"), ("abc", "abc")]
+)
 def test_projects_are_read_as_label_studio_writes_them(value: object, project: str) -> None:
     assert project_of(value) == project
 
@@ -300,7 +324,11 @@ def test_what_is_no_id_is_refused(value: object) -> None:
 
 
 def test_times_of_every_form_are_compared_in_utc() -> None:
-    assert updated_us("2026-01-01T01:00:00+01:00") == updated_us("2026-01-01T00:00:00Z") == updated_us("2026-01-01T00:00:00")
+    assert (
+        updated_us("2026-01-01T01:00:00+01:00")
+        == updated_us("2026-01-01T00:00:00Z")
+        == updated_us("2026-01-01T00:00:00")
+    )
     assert updated_us(None) == updated_us("yesterday") == updated_us("9999999") == 0
 
 
@@ -328,7 +356,9 @@ def test_a_database_that_stays_locked_is_told_in_words(url: str, tmp_path: Path)
 def test_many_threads_and_journals_write_at_once(url: str, journal: Journal) -> None:
     journals = [journal, Journal(url)]
     threads = [
-        threading.Thread(target=lambda at=at: [record(journals[at % 2], (t, body(t))) for t in range(at * 10, at * 10 + 10)])
+        threading.Thread(
+            target=lambda at=at: [record(journals[at % 2], (t, body(t))) for t in range(at * 10, at * 10 + 10)]
+        )
         for at in range(4)
     ]
     for thread in threads:
@@ -355,7 +385,9 @@ def test_kill_9_loses_nothing_that_was_acknowledged(url: str, journal: Journal) 
     offset = 0
     for _ in range(2):
         here = Path(__file__).parent
-        process = subprocess.Popen([sys.executable, "-c", WRITER, url, str(here), str(here.parent)], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, url, str(here), str(here.parent)], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         for line in process.stdout:
             acknowledged.append(int(line))

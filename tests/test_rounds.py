@@ -48,7 +48,12 @@ def score(low: float, high: float, nme: float = 0.1) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("before", "after", "promoted", "words"),
     [
-        (score(0.4, 0.6), score(0.5, 0.6), True, "Promoted: better on 3 held-out images (42 points) PCK@0.1 0.600 → 0.600, PCK@0.05 0.400 → 0.500"),
+        (
+            score(0.4, 0.6),
+            score(0.5, 0.6),
+            True,
+            "Promoted: better on 3 held-out images (42 points) PCK@0.1 0.600 → 0.600, PCK@0.05 0.400 → 0.500",
+        ),
         (score(0.4, 0.6), score(0.4, 0.5), False, "Not promoted: worse"),
         (score(0.4, 0.6), score(0.3, 0.7), True, "as good as before"),
         (score(0.4, 0.6), score(0.4, 0.6, 0.2), False, "larger error"),
@@ -124,7 +129,9 @@ def test_held_out_images_judge_for_ever_and_are_never_shown(here: World) -> None
 
 def test_the_same_picture_under_two_tasks_never_judges_what_it_taught(here: World) -> None:
     for task in range(1, 13):
-        here.studio.routes[f"/data/upload/1/{task}.png"] = Answer(body=(here.task(1), here.studio.routes["/data/upload/1/1.png"])[1].body)  # type: ignore[union-attr]
+        here.studio.routes[f"/data/upload/1/{task}.png"] = Answer(
+            body=(here.task(1), here.studio.routes["/data/upload/1/1.png"])[1].body
+        )  # type: ignore[union-attr]
     here.label(*range(1, 13))
     job = here.play_round()
     assert job["state"] == "failed"
@@ -350,7 +357,10 @@ def with_token(folder: Path, **more: Any) -> Any:
 
 def stored(here: World, *tasks: int, second: int = 0) -> list[dict[str, Any]]:
     """Tasks with annotations as the API shows them."""
-    return [here.task(t, annotations=[here.annotation(t, second=second)], updated_at=f"2026-01-01T00:00:{t:02}.000000Z") for t in tasks]
+    return [
+        here.task(t, annotations=[here.annotation(t, second=second)], updated_at=f"2026-01-01T00:00:{t:02}.000000Z")
+        for t in tasks
+    ]
 
 
 def test_a_sweep_finds_what_no_webhook_brought(tmp_path: Path) -> None:
@@ -365,7 +375,9 @@ def test_a_sweep_finds_what_no_webhook_brought(tmp_path: Path) -> None:
         assert sweep(here.services, "1") == 0
         here.webhook("ANNOTATION_CREATED", annotation=here.annotation(1), task=here.task(1))
         with here.services.journal.reading() as session:
-            assert len(session.scalars(select(Annotation)).all()) == 2  # the webhook that came late after all changed nothing
+            assert (
+                len(session.scalars(select(Annotation)).all()) == 2
+            )  # the webhook that came late after all changed nothing
 
 
 def test_a_sweep_asks_for_changes_only_and_sees_deletions(tmp_path: Path) -> None:

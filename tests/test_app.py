@@ -1,0 +1,350 @@
+"""The HTTP face: the wire contract, admission, limits; quick answers whatever the core does; a burst of webhooks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from backend_world import CONFIG, World, world
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from werkzeug.serving import make_server
+
+from backend import app as app_module
+from backend.app import strict_json
+from kptllm_core.errors import InvalidInput
+
+CANARY = "canary-7f3a9c"
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[World]:
+    with world(tmp_path) as made:
+        yield made
+
+
+def basic(user: str, word: str) -> dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{word}".encode()).decode()}
+
+
+# ---------------------------------------------------------------- the wire contract
+
+
+def test_every_route_answers_below_the_project_too(here: World) -> None:
+    here.label(1)
+    for prefix, body in (("", {"project": "1.17"}), ("/projects/1", {})):
+        assert here.client.get(f"{prefix}/health").get_json()["status"] == "UP"
+        version = here.client.post(f"{prefix}/setup", json={**body, "schema": CONFIG}).get_json()["model_version"]
+        predicted = here.client.post(
+            f"{prefix}/predict", json={**body, "label_config": CONFIG, "tasks": [here.task(1)]}
+        ).get_json()
+        assert predicted["results"][0]["model_version"] == version
+        assert here.client.get(f"{prefix}/versions").get_json()["versions"][0] == version
+        assert (
+            here.client.post(f"{prefix}/webhook", json={"action": "PROJECT_UPDATED", "project": {"id": 1}}).status_code
+            == 200
+        )
+        assert here.client.post(f"{prefix}/train", json={**body}).status_code == 200
+        assert here.client.post(f"{prefix}/job_status", json={"job": "x"}).status_code == 410
+        assert "kptllm_backend_labelled_images 1" in here.client.get(f"{prefix}/metrics").get_data(as_text=True)
+        assert here.client.get(f"{prefix}/status").status_code == 200
+
+
+def test_the_path_names_the_project_whatever_the_body_says(here: World) -> None:
+    here.client.post("/projects/7/setup", json={"project": "1.17", "schema": CONFIG})
+    assert [p["project"] for p in here.client.get("/status").get_json()["projects"]] == ["7"]
+
+
+def test_predict_without_a_label_config_uses_the_one_that_is_known(here: World) -> None:
+    assert here.client.post("/predict", json={"tasks": [], "project": 1}).status_code == 404
+    here.setup()
+    assert here.client.post("/predict", json={"tasks": [here.task(1)], "project": 1}).get_json()["results"][0]["result"]
+    assert here.client.post("/predict", json={"tasks": [], "project": 1}).get_json() == {"results": []}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/predict", {"project": 1}, "list under 'tasks'"),
+        ("/predict", {"tasks": {}, "project": 1}, "list under 'tasks'"),
+        ("/predict", {"tasks": [], "label_config": CONFIG}, "project is missing"),
+        ("/predict", {"tasks": [], "project": 1, "label_config": 5}, "XML"),
+        ("/predict", {"tasks": [], "project": 1, "label_config": "<View/>"}, "no KeyPointLabels"),
+        (
+            "/predict",
+            {"tasks": [], "project": 1, "label_config": '<!DOCTYPE x [<!ENTITY a "b">]><View>&a;</View>'},
+            "DOCTYPE",
+        ),
+        ("/setup", {"project": 1}, "'schema'"),
+        ("/setup", {"project": "../etc", "schema": CONFIG}, "project id"),
+        ("/setup", {"project": 1, "schema": "<View"}, "XML"),
+        ("/webhook", {"project": {"id": 1}}, "'action'"),
+        ("/webhook", {"action": 5}, "'action'"),
+        ("/webhook", {"action": "ANNOTATION_CREATED", "project": {"id": None}}, "project"),
+        (
+            "/webhook",
+            {"action": "ANNOTATION_CREATED", "project": {"id": 1}, "annotation": {"id": -1, "task": 1, "result": []}},
+            "annotation's id",
+        ),
+        ("/webhook", {"action": "TASKS_DELETED", "project": {"id": 1}, "tasks": ["x"]}, "task's id"),
+    ],
+)
+def test_bad_requests_are_told_what_was_found_and_expected(here: World, path: str, body: Any, words: str) -> None:
+    answer = here.client.post(path, json=body)
+    assert answer.status_code == 400
+    assert words in answer.get_json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nope", 404), ("GET", "/predict", 405), ("GET", "/projects/9/status", 404),
+                                                        ("GET", "/projects/a%20b/versions", 400),
+                                                        ("POST", "/projects/1/versions/x/activate", 404)])  # fmt: skip
+def test_wrong_addresses_are_answered_in_json(here: World, method: str, path: str, status: int) -> None:
+    answer = here.client.open(path, method=method)
+    assert answer.status_code == status
+    assert answer.get_json()["error"]["message"]
+
+
+def test_an_annotation_under_a_broken_config_is_not_lost(here: World) -> None:
+    answer = here.webhook("ANNOTATION_CREATED", config="<View/>", annotation=here.annotation(1), task=here.task(1))
+    assert answer.get_json()["new"] == 1
+    here.setup()
+    assert here.status()["labelled"] == 1
+
+
+def test_setup_and_health_ask_nobody(here: World) -> None:
+    here.setup()
+    before = len(here.core_requests)
+    for _ in range(3):
+        here.setup()
+        here.client.get("/health")
+        here.client.get("/versions?project=1")
+    assert len(here.core_requests) == before
+    assert here.studio.requests == []
+
+
+# ---------------------------------------------------------------- strict JSON
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"[" * 200_000, "nested too deeply"), (b'{"a":' * 100_000, "nested too deeply"), (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "Infinity"),
+        (b'{"a": 1e999}', "too large"), (b'{"a": "\\ud800"}', "surrogate"), (b'{"a": 9223372036854775808}', "64 bits"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "64 bits"), (b"", "no JSON object"), (b"[]", "expected an object"), (b"\xff\xfe", "no JSON object"),
+        (b'{"a"', "no JSON object"),
+    ],
+)  # fmt: skip
+def test_json_that_would_do_harm_is_refused(here: World, data: bytes, words: str) -> None:
+    for path in ("/predict", "/setup", "/webhook", "/job_status"):
+        answer = here.client.post(path, data=data, content_type="application/json")
+        assert answer.status_code == 400, path
+        assert words in answer.get_json()["error"]["message"]
+
+
+def test_a_huge_body_is_refused_before_it_is_read(here: World) -> None:
+    answer = here.client.post(
+        "/predict", content_type="application/json", environ_overrides={"CONTENT_LENGTH": str(10**9)}
+    )
+    assert answer.status_code == 413
+    assert "larger than 67,108,864 bytes" in answer.get_json()["error"]["message"]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(
+        ["id", "task", "tasks", "data", "image", "annotation", "annotations", "result", "value", "project", "label_config", "params",
+         "context", "action", "schema", "x", "keypointlabels", "updated_at", "type", "from_name", "original_width"]), inner, max_size=6),
+    max_leaves=15,
+)  # fmt: skip
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(
+    body=json_values,
+    content=json_values,
+    event=st.sampled_from(["ANNOTATION_CREATED", "ANNOTATIONS_DELETED", "TASKS_CREATED", "START_TRAINING", "X"]),
+)
+def test_no_json_at_all_makes_a_500(here: World, body: Any, content: Any, event: str) -> None:
+    shapes = [("/predict", {"tasks": [content], "project": 1, "label_config": CONFIG, "params": {"context": body}}),
+              ("/webhook", {"action": event, "project": {"id": 1, "label_config": CONFIG}, "annotation": content, "task": body}),
+              ("/webhook", {"action": event, "project": {"id": 1}, "annotations": content, "tasks": body}),
+              ("/setup", {"project": content, "schema": body}), ("/job_status", {"job": content}), ("/webhook", body)]  # fmt: skip
+    for path, value in shapes:
+        answer = here.client.post(path, data=json.dumps(value), content_type="application/json")
+        assert answer.status_code in (200, 201, 400, 404, 410), (path, value, answer.get_data(as_text=True))
+        if path == "/predict" and answer.status_code == 200:
+            assert len(answer.get_json()["results"]) == 1
+
+
+def test_strict_json_takes_what_is_json() -> None:
+    assert strict_json('{"a": "ü😀\\ud83d\\ude00\\u0000", "b": [1.5, -9223372036854775808]}'.encode())["b"] == [
+        1.5,
+        -(2**63),
+    ]
+    with pytest.raises(InvalidInput):
+        strict_json(b"1")
+
+
+# ---------------------------------------------------------------- admission
+
+
+def test_basic_auth_guards_everything_but_health(tmp_path: Path) -> None:
+    with world(tmp_path, basic_auth_user="me", basic_auth_pass=CANARY) as here:
+        wrong: list[dict[str, str]] = [{}, basic("me", "x"), basic("x", CANARY), {"Authorization": "Basic ###"},
+                                       {"Authorization": f"Bearer {CANARY}"}, {"Authorization": "Basic"},
+                                       {"Authorization": "Basic " + base64.b64encode(b"\xff\xfe").decode()}]  # fmt: skip
+        calls = [("POST", "/setup"), ("POST", "/predict"), ("POST", "/webhook"), ("GET", "/"), ("GET", "/versions"), ("GET", "/metrics"),
+                 ("POST", "/projects/1/webhook"), ("POST", "/projects/1/versions/x/activate"), ("GET", "/nope")]  # fmt: skip
+        for headers in wrong:
+            for method, path in calls:
+                answer = here.client.open(path, method=method, json={} if method == "POST" else None, headers=headers)
+                assert answer.status_code == 401, (headers, path)
+                assert CANARY not in answer.get_data(as_text=True)
+        assert here.client.get("/health").status_code == 200
+        right = basic("me", CANARY)
+        assert here.client.post("/setup", json={"project": 1, "schema": CONFIG}, headers=right).status_code == 200
+
+
+def test_the_webhook_secret_admits_webhooks_and_start_training_comes_without(tmp_path: Path) -> None:
+    with world(tmp_path, webhook_secret=CANARY) as here:
+        event = {
+            "action": "ANNOTATION_CREATED",
+            "project": {"id": 1, "label_config": CONFIG},
+            "annotation": here.annotation(1),
+        }
+        for headers in ({}, {"X-Webhook-Secret": "x"}, {"X-Webhook-Secret": ""}):
+            assert here.client.post("/webhook", json=event, headers=headers).status_code == 401
+        assert here.client.post("/webhook", json=event, headers={"X-Webhook-Secret": CANARY}).status_code == 200
+        assert here.setup().status_code == 200
+        assert here.client.post("/webhook", json={"action": "START_TRAINING", "project": {"id": 1}}).status_code == 200
+        assert (
+            here.client.post(
+                "/webhook", json={"action": "START_TRAINING"}, headers={"X-Webhook-Secret": "x"}
+            ).status_code
+            == 401
+        )
+
+
+def test_with_both_either_admits_a_webhook_and_nothing_else_does(tmp_path: Path) -> None:
+    with world(tmp_path, webhook_secret=CANARY, basic_auth_user="me", basic_auth_pass="word") as here:
+        event = {"action": "PROJECT_UPDATED", "project": {"id": 1}}
+        assert here.client.post("/webhook", json=event).status_code == 401
+        assert here.client.post("/webhook", json={"action": "START_TRAINING", "project": {"id": 1}}).status_code == 401
+        assert here.client.post("/webhook", json=event, headers={"X-Webhook-Secret": CANARY}).status_code == 200
+        assert here.client.post("/webhook", json=event, headers=basic("me", "word")).status_code == 200
+        assert here.client.post("/setup", json={}, headers={"X-Webhook-Secret": CANARY}).status_code == 401
+
+
+def test_another_sites_page_cannot_post_with_a_persons_login(here: World) -> None:
+    here.label(1)
+    path = f"/projects/1/versions/{here.status()['model_version']}/activate"
+    assert here.client.post(path, headers={"Origin": "http://evil.example"}).status_code == 401
+    assert here.client.post(path, headers={"Origin": "http://localhost"}).status_code == 200
+
+
+def test_no_secret_and_no_traceback_reaches_a_client_or_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secrets = {"label_studio_api_key": CANARY + "a", "core_token": CANARY + "b", "webhook_secret": CANARY + "c"}
+    with world(tmp_path, **secrets) as here:
+        said = [
+            here.setup().get_data(as_text=True),
+            json.dumps(here.predict(here.task(1), here.task(2))),
+            here.client.get("/").get_data(as_text=True),
+        ]
+        here.keeper.tick()
+        monkeypatch.setattr(app_module, "health_report", lambda _: 1 / 0)
+        monkeypatch.setitem(here.app.config, "PROPAGATE_EXCEPTIONS", False)
+        broken = here.client.get("/health")
+        assert broken.status_code == 500
+        said += [broken.get_data(as_text=True), caplog.text]
+        assert "ZeroDivisionError" in caplog.text
+        assert not any("Traceback" in text or "ZeroDivision" in text for text in said[:-1])
+        assert not any(CANARY in text for text in said)
+
+
+# ---------------------------------------------------------------- time
+
+
+@pytest.fixture
+def served(here: World) -> Iterator[tuple[World, str]]:
+    server = make_server("127.0.0.1", 0, here.app, threaded=True)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield here, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_health_setup_and_webhooks_answer_at_once_while_predictions_wait(served: tuple[World, str]) -> None:
+    here, url = served
+    here.setup()
+    here.predictor.seconds = 1.5
+    places = here.settings.web_threads - app_module.KEPT_FREE
+    with ThreadPoolExecutor(places + 1) as pool:
+        body = {"tasks": [here.task(1)], "project": 1, "label_config": CONFIG}
+        waiting = [pool.submit(requests.post, f"{url}/predict", json=body, timeout=60) for _ in range(places + 1)]
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert requests.get(f"{url}/health", timeout=5).status_code == 200
+        assert requests.post(f"{url}/setup", json={"project": 1, "schema": CONFIG}, timeout=5).status_code == 200
+        event = {
+            "action": "ANNOTATION_CREATED",
+            "project": {"id": 1, "label_config": CONFIG},
+            "annotation": here.annotation(1),
+            "task": here.task(1),
+        }
+        assert requests.post(f"{url}/webhook", json=event, timeout=5).status_code == 200
+        assert time.monotonic() - started < 1.0
+        results = [w.result().json()["results"][0] for w in waiting]
+    busy = [r for r in results if not r["result"]]
+    assert len(busy) == 1
+    assert busy[0]["model_version"].endswith("+retry")
+
+
+def test_a_burst_of_webhooks_is_stored_whole(served: tuple[World, str]) -> None:
+    here, url = served
+    here.setup()
+    about = {"id": 1, "label_config": CONFIG}
+    events = [{"action": "ANNOTATION_CREATED", "project": about, "annotation": here.annotation(n % 20, number=n), "task": here.task(n % 20)}
+              for n in range(60)]  # fmt: skip
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda e: requests.post(f"{url}/webhook", json=e, timeout=30), events * 2))
+    assert {a.status_code for a in answers} == {200}
+    assert sum(a.json()["new"] for a in answers) == 60
+    assert here.status()["labelled"] == 20
+    here.keeper.tick()
+    assert here.status()["job"]["round"] == 1
+
+
+# ---------------------------------------------------------------- the page
+
+
+def test_the_page_shows_projects_and_how_to_connect(here: World) -> None:
+    here.webhook("PROJECT_UPDATED", config=CONFIG)
+    here.label(*range(1, 13))
+    here.play_round()
+    with here.services.journal.reading() as session:
+        from backend.tables import Project
+
+        session.get_one(Project, "1")
+    here.services.journal.observe("1", CONFIG, here.services.base(), "<script>alert(1)</script>")
+    page = here.client.get("/").get_data(as_text=True)
+    assert "python -m backend connect --url" in page and "--backend-url http://localhost" in page
+    assert here.status()["model_version"] in page
+    assert "Promoted: better" in page
+    assert "<script>" not in page
+    assert not re.search(r"(src|href)=", page)
+    assert here.client.get("/").headers["Content-Security-Policy"].startswith("default-src 'none'")
