@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kptllm_core.errors import ImageError, InvalidInput, KptError, TooLarge, Unavailable
+from kptllm_core.errors import ArtifactError, ImageError, InvalidInput, KptError, TooLarge, Unavailable
 from kptllm_core.imaging import read_image
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.messages import Labelled, NameRequest, PredictRequest, Query
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # loading it loads torch, which is for the thread that loads 
 
 log = logging.getLogger(__name__)
 
-BATCH = 8  # images predicted under one hold of the lock
+BATCH = 4  # images predicted under one hold of the lock
 
 
 class Gone(Exception):
@@ -39,13 +39,13 @@ class Engine:
     """Predictions for many threads from one Predictor. `load` makes the Predictor; it runs in a thread of its own."""
 
     def __init__(self, load: Callable[[], Predictor], images: ImageStore, adapters: AdapterStore, *,
-                 batch: int = BATCH, max_waiting: int = 16, decoded_bytes: int = 512 * 2**20) -> None:  # fmt: skip
+                 batch: int = BATCH, max_waiting: int = 16, decoded_bytes: int = 256 * 2**20) -> None:  # fmt: skip
         self.images, self.adapters, self.batch = images, adapters, batch
         self._load = load
         self._pixels = DecodedImages(images, decoded_bytes)
         self._device = threading.Lock()
         self._places = threading.Semaphore(max_waiting)
-        self._batches = threading.Semaphore(2)
+        self._batches = Turns(2)
         self._max_waiting, self._inside, self._count = max_waiting, 0, threading.Lock()
         self._predictor: Predictor | None = None
         self._active: object = None  # identity of the adapter that the Predictor holds now
@@ -121,9 +121,9 @@ class Engine:
                 self._activate(request.adapter)
                 return list(self.predictor.predict(images, request.schema, support=support, boxes=[q.box for q in queries], prompt=request.prompt,
                                                    fixed=[q.fixed for q in queries]))  # fmt: skip
+        except ArtifactError:
+            raise  # no image is to blame
         except KptError as error:
-            if error.code == "artifact":
-                raise  # no image is to blame
             if len(images) == 1:
                 return [error]
             log.warning("A batch of %d images failed (%s); each is tried alone.", len(images), error.message)
@@ -138,7 +138,10 @@ class Engine:
         folder = None if name is None else self.adapters.path(name)
         wanted: object = None
         if folder is not None:
-            status = folder.stat()
+            try:
+                status = folder.stat()
+            except FileNotFoundError:
+                raise ArtifactError(f"The adapter '{name}' was deleted a moment ago.", adapter=name) from None
             wanted = (name, status.st_ino, status.st_mtime_ns)  # one that was deleted and made anew is another one
         if self._active != wanted:
             self._active = object()  # unknown, should the switch fail half-way
@@ -172,6 +175,31 @@ class Engine:
             with self._count:
                 self._inside -= 1
             self._places.release()
+
+
+class Turns:
+    """`places` that are handed over in the order of arrival; a plain lock may go to the same thread again and again."""
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._waiting: deque[threading.Event] = deque()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Event()
+            self._waiting.append(turn)
+        turn.wait()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            if self._waiting:
+                self._waiting.popleft().set()
+            else:
+                self._free += 1
 
 
 class DecodedImages:

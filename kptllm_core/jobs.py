@@ -200,10 +200,10 @@ class JobQueue:
 
     def _read(self, folder: Path) -> Job | None:
         run, state = read_json(folder / "run.json"), read_json(folder / "state.json")
-        if not isinstance(run, dict) or not isinstance(state, dict):
+        if not isinstance(run, dict) or not isinstance(state, dict) or not {"name", "content", "base", "created", *PARTS} <= set(run):
             log.error("%s is no round; left alone.", folder)
             return None
-        return Job(folder.name, folder, run, state["state"], state["reason"], state["accidents"])
+        return Job(folder.name, folder, run, state.get("state", "queued"), state.get("reason"), state.get("accidents", 0))
 
     def _set(self, job: Job, state: str, reason: str | None = None) -> None:
         write_json(job.folder / "state.json", {"state": state, "reason": reason, "accidents": job.accidents})

@@ -54,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until SIGTERM or Ctrl-C. Raises KptError when the model cannot be loaded, the port or the folder is taken."""
-    logging.basicConfig(level=os.environ.get("LOG_LEVEL", "INFO").upper(), format="%(asctime)s core %(levelname)s %(message)s")
+    level = os.environ.get("LOG_LEVEL", "INFO").upper()
+    if level not in logging.getLevelNamesMapping():
+        raise InvalidInput(f"LOG_LEVEL is one of DEBUG, INFO, WARNING, ERROR; found {level}.")
+    logging.basicConfig(level=level, format="%(asctime)s core %(levelname)s %(message)s")
     if not 1 <= args.threads <= 1000 or args.images_gb <= 0 or not 0 <= args.port < 65536:
         raise InvalidInput("--threads is 1…1000, --images-gb more than 0 and --port 0…65535.")
     token = os.environ.get("CORE_TOKEN", "")

@@ -262,8 +262,11 @@ class AdapterStore:
         for name in self.names():
             folder = self.folder / name
             info = read_json(folder / "adapter.json") or {}
-            size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-            entries.append({"name": name, "base": info.get("base"), "created": folder.stat().st_mtime, "bytes": size})
+            try:
+                size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+                entries.append({"name": name, "base": info.get("base"), "created": folder.stat().st_mtime, "bytes": size})
+            except FileNotFoundError:
+                continue  # deleted while we look
         return sorted(entries, key=lambda e: -e["created"])
 
     def publish(self, source: Path, name: str) -> None:

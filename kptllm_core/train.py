@@ -155,8 +155,8 @@ class Loop:
             group["lr"] = rate * group["factor"]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
             loss, scores = loss_of(self.model, batch, self.recipe.naming)
-        if not torch.isfinite(loss):
-            raise KptError(f"The loss became {float(loss)} at step {self.step}; the run stops and the last good version stays. "
+        if not torch.isfinite(loss.detach()):
+            raise KptError(f"The loss became {float(loss.detach())} at step {self.step}; the run stops and the last good version stays. "
                            "Lower the rate or look at the data.")  # fmt: skip
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kptllm_core.geometry import (
-    box_of_points, cells_to_crop, clip_box, crop_of_box, crop_of_image, crop_to_cells, from_percent, similarity_crop, to_percent,
+    box_of_points,
+    cells_to_crop,
+    clip_box,
+    crop_of_box,
+    crop_of_image,
+    crop_to_cells,
+    from_percent,
+    similarity_crop,
+    to_percent,
 )  # fmt: skip
 from kptllm_core.imaging import image_size, read_image, warp
 

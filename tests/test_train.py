@@ -1,0 +1,164 @@
+"""The training loop: it learns, it can be stopped and resumed, and what it refuses, it refuses in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kptllm_core.checkpoint import load_checkpoint
+from kptllm_core.dataset import load_coco
+from kptllm_core.episodes import Augmentation, Labelled, Rendered, SelfPairs, make_episode, structured_points
+from kptllm_core.errors import DataError, InvalidInput, KptError
+from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
+from kptllm_core.objective import collate, heat_target, loss_of, words_loss
+from kptllm_core.train import ADAPT, PRETRAIN, Loop, Recipe, _stream, pretrain, train_adapter
+
+QUICK = Recipe(**{**vars(PRETRAIN), "workers": 0, "episodes": 2, "max_points": 6, "warmup": 2, "naming": 2})
+STILL = Augmentation(upright=1.0, anyway=0.0, loose=0.0, colour=0.0, flip=0.0)
+
+
+def adapt(**changes: object) -> Recipe:
+    return Recipe(**{**vars(ADAPT), "workers": 0, "episodes": 1, **changes})  # type: ignore[arg-type]
+
+
+def test_the_points_of_an_episode_stay_on_their_spots() -> None:
+    """A coloured dot in the source is under its point in every view, however the view is turned and cropped."""
+    image = np.zeros((120, 160, 3), np.uint8)
+    xy = np.array([[40.0, 30.0], [120.0, 80.0], [80.0, 60.0]])
+    for k, (x, y) in enumerate(xy.astype(int)):
+        image[y - 4 : y + 4, x - 4 : x + 4, k] = 255
+    points = KeypointSet(("left_a", "right_a", "b"), xy, np.full(3, 2), box=np.array([30, 20, 100, 70]))
+    schema = KeypointSchema(points.names)
+    plain = Augmentation(upright=0.0, anyway=1.0, loose=0.5, colour=0.0, flip=0.5)
+    for seed in range(20):
+        episode = make_episode(np.random.default_rng(seed), [(image, points)] * 2, schema, 96, plain, 3, bend=seed % 2 == 0)
+        for view in range(2):
+            for k in range(3):
+                if episode.visibility[view, k] != Visibility.VISIBLE:
+                    continue
+                channel = {"left_a": 0, "right_a": 1, "b": 2}[episode.names[k]] if episode.names else None
+                column, row = np.clip((episode.xy[view, k] * 96).astype(int), 1, 94)
+                patch = episode.images[view, row - 1 : row + 2, column - 1 : column + 2].max((0, 1))
+                assert (patch[channel] if channel is not None else patch.max()) > 90
+
+
+def test_a_mirrored_view_swaps_left_and_right() -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    points = KeypointSet(("left_ear", "right_ear"), np.array([[10.0, 30], [50, 30]]), np.full(2, 2), box=np.array([0, 0, 64, 64]))
+    schema = KeypointSchema(points.names, symmetric=((0, 1),))
+    always = Augmentation(upright=1.0, anyway=0.0, loose=0.0, colour=0.0, flip=1.0)
+    episode = make_episode(np.random.default_rng(0), [(image, points)], schema, 64, always, 2)
+    left, right = (episode.xy[0, episode.names.index(n)] for n in points.names)  # type: ignore[union-attr]
+    assert left[0] < right[0]  # mirrored, the ear on the left of the picture is a left one again
+
+
+def test_points_that_leave_the_crop_are_absent() -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    points = KeypointSet(("a", "b"), np.array([[32.0, 32], [600, 32]]), np.full(2, 2), box=np.array([20, 20, 24, 24]))
+    episode = make_episode(np.random.default_rng(0), [(image, points)], KeypointSchema(points.names), 64, STILL, 2)
+    assert sorted(episode.visibility[0].tolist()) == [Visibility.VISIBLE, Visibility.ABSENT]
+
+
+def test_all_sources_give_batches_that_a_loss_can_read(coco_folder: Path, tiny_model: str) -> None:
+    samples = load_coco(coco_folder).samples
+    loaded = load_checkpoint(tiny_model)
+    rng = np.random.default_rng(0)
+    shape = Augmentation()
+    episodes = [s.episode(rng, 3, 64) for s in (Labelled(samples, shape, 6), Rendered(shape, 6), SelfPairs(samples, shape, 6))]
+    batch = collate(episodes, loaded.tokenizer, rng)
+    assert batch["images"].shape == (9, 3, 64, 64)
+    assert all(i // 3 == s // 3 and i != s for i, row in enumerate(batch["shots"].tolist()) for s in row)
+    loss, parts = loss_of(loaded.model, batch, naming=2)
+    assert torch.isfinite(loss)
+    assert set(parts) == {"heat", "refined", "position", "words", "visibility", "confidence", "naming", "pck"}
+
+
+def test_the_target_sums_to_one_around_its_point() -> None:
+    target = heat_target(torch.tensor([[[0.5, 0.25]]]), 40, 40)
+    assert float(target.sum()) == pytest.approx(1, abs=1e-5)
+    assert divmod(int(target.flatten().argmax()), 40)[0] in (9, 10)
+
+
+def test_words_are_counted_from_is_to_keypoint(tiny_model: str) -> None:
+    """A model that is sure of every right token has no loss, wherever the padding lies."""
+    loaded = load_checkpoint(tiny_model)
+    from kptllm_core.language import write_questions
+
+    q = write_questions(loaded.tokenizer, ["left eye", None], [True, True])
+    tokens = torch.from_numpy(q.tokens)[None]
+
+    class Sure:
+        def words(self, states: torch.Tensor) -> torch.Tensor:
+            return states
+
+    states = torch.nn.functional.one_hot(torch.cat([tokens[:, :, 1:], tokens[:, :, :1]], -1), len(loaded.tokenizer)).float() * 50
+    rows = torch.tensor([[True, False]])
+    assert float(words_loss(Sure(), states, tokens, torch.from_numpy(q.length)[None], rows)) < 1e-3  # type: ignore[arg-type]
+
+
+def test_a_few_steps_lower_the_loss_of_a_fixed_batch(tiny_model: str, coco_folder: Path, tmp_path: Path) -> None:
+    loaded = load_checkpoint(tiny_model, untrained=True)
+    recipe = Recipe(**{**vars(QUICK), "steps": 25, "rate": 3e-3})
+    batch = next(_stream([(Labelled(load_coco(coco_folder).samples, STILL, 6), 1.0)], loaded.tokenizer, recipe, 64, 0))
+    batch["clicked"][:] = False
+    loop = Loop(loaded.model, recipe, tmp_path / "state.safetensors", torch.device("cpu"))
+    losses: list[float] = []
+    assert loop.run(iter([batch] * 25), lambda now: losses.append(now["loss"]), None)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, tiny_model: str) -> None:
+    recipe = Recipe(**{**vars(QUICK), "steps": 6})
+    seen: list[int] = []
+    stopped = pretrain(tiny_model, [], tmp_path / "out", recipe, progress=lambda now: seen.append(now["step"]), should_stop=lambda: len(seen) == 3)
+    assert stopped is None
+    assert not (tmp_path / "out").exists()
+    metrics = pretrain(tiny_model, [], tmp_path / "out", recipe, resume=True, progress=lambda now: seen.append(now["step"]))
+    assert metrics is not None
+    assert metrics["resumed"]
+    assert seen == [1, 2, 3, 4, 5, 6]
+    again = load_checkpoint(tmp_path / "out")
+    assert again.base.startswith("tiny-")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 6
+
+
+def test_an_adapter_can_start_from_another(tmp_path: Path, coco_folder: Path, tiny_model: str) -> None:
+    first = tmp_path / "first"
+    train_adapter(tiny_model, [coco_folder], first, steps=2, recipe=adapt())
+    train_adapter(tiny_model, [coco_folder], tmp_path / "second", steps=2, parent=first, recipe=adapt())
+    info = json.loads((tmp_path / "second" / "adapter.json").read_text())
+    assert info["parent"] == "first"
+    assert info["base"] == load_checkpoint(tiny_model).base
+    assert len(info["data"]) == 64
+
+
+def test_a_stopped_round_says_so(tmp_path: Path, coco_folder: Path, tiny_model: str) -> None:
+    with pytest.raises(InvalidInput, match="stopped at step 1"):
+        train_adapter(tiny_model, [coco_folder], tmp_path / "a", steps=5, recipe=adapt(), should_stop=lambda: True)
+    assert not (tmp_path / "a").exists()
+    assert train_adapter(tiny_model, [coco_folder], tmp_path / "a", steps=3, recipe=adapt(), resume=True)["resumed"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, coco_folder: Path, tiny_model: str) -> None:
+    with pytest.raises(KptError, match="loss became"):
+        train_adapter(tiny_model, [coco_folder], tmp_path / "a", steps=60, recipe=adapt(rate=1e30, warmup=1))
+    assert not (tmp_path / "a").exists()
+
+
+def test_too_few_labels_are_refused(tmp_path: Path, tiny_model: str) -> None:
+    folder = tmp_path / "few"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations.json").write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "x", "keypoints": ["a"]}]}))
+    with pytest.raises(DataError, match="at least 2"):
+        train_adapter(tiny_model, [folder], tmp_path / "a", steps=1)
+
+
+def test_points_of_a_self_pair_lie_inside_their_window() -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (50, 80, 3)).astype(np.uint8)
+    xy = structured_points(rng, image, np.array([10.0, 5.0]), 40, 30)
+    assert ((xy >= [10, 5]) & (xy <= [50, 45])).all()
