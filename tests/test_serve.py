@@ -159,7 +159,7 @@ def test_large_requests_are_cut_into_batches(client: FlaskClient, predictor: Tim
     data = picture(1)
     upload(client, data)
     answer = client.post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(data)}] * 19}).get_json()
-    assert len(answer["results"]) == 19 and predictor.batches == [8, 8, 3]
+    assert len(answer["results"]) == 19 and predictor.batches == [4, 4, 4, 4, 3]
 
 
 def test_adapters_switch_only_when_needed_and_a_bad_one_is_refused(client: FlaskClient, core: Core, predictor: TimedPredictor) -> None:
@@ -295,7 +295,25 @@ def test_who_hung_up_is_not_worked_for(core: Core, predictor: TimedPredictor) ->
     calls = iter([False, True])
     answer = client.post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(data)}] * 16},
                          environ_overrides={"waitress.client_disconnected": lambda: next(calls)})  # fmt: skip
-    assert answer.status_code == 499 and predictor.batches == [8]
+    assert answer.status_code == 499 and predictor.batches == [4]
+
+
+def test_a_small_request_does_not_wait_for_a_large_one(tmp_path: Path) -> None:
+    core = core_on(tmp_path, TimedPredictor(0.05))
+    core.engine.load()
+    app = create_app(core)
+    data = picture(1)
+    upload(app.test_client(), data)
+
+    def ask(queries: int) -> float:
+        assert app.test_client().post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(data)}] * queries}).status_code == 200
+        return time.perf_counter()
+
+    with ThreadPoolExecutor(4) as pool:
+        large = [pool.submit(ask, 80) for _ in range(3)]
+        time.sleep(0.1)
+        small = pool.submit(ask, 1).result()
+        assert small < min(f.result() for f in large) - 1
 
 
 class Process:
@@ -351,6 +369,17 @@ def test_over_real_sockets_health_is_instant_and_sigterm_lets_requests_finish(sl
         thread.join()
     assert [a.status_code for a in answers] == [200, 200] and slow.process.wait(5) == 0
     assert "Traceback" not in slow.output.read_text()
+
+
+def test_a_client_that_hangs_up_frees_the_device(slow: Process) -> None:
+    data = picture(1)
+    assert slow.session.put(f"{slow.url}/images/{sha(data)}", data=data, timeout=5).status_code == 201
+    with pytest.raises(requests.Timeout):
+        requests.post(f"{slow.url}/predict", json={"schema": SCHEMA, "queries": [{"image": sha(data)}] * 80}, timeout=0.5)
+    end = time.monotonic() + 5  # the answer would take 20 s
+    while slow.session.get(f"{slow.url}/health", timeout=5).json()["waiting"]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(("arguments", "says"), [

@@ -113,11 +113,17 @@ def test_out_of_memory_is_tried_once_with_a_smaller_batch(tmp_path: Path, monkey
     assert sizes[2:] == [1], "after being killed twice it begins with the smaller one"
 
 
-def test_pooled_scores_are_those_of_all_images_together() -> None:
-    from kptllm_core.predictor import Example
+def test_an_adapter_that_is_there_is_not_trained_again(tmp_path: Path) -> None:
+    folder = a_round(tmp_path, {"train": [picture(1)], "heldout": [picture(3)]}, model="no such model")
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "metrics.json").write_text('{"steps": 7}')
+    assert Round(folder).train() == {"steps": 7}
 
+
+def test_pooled_scores_are_those_of_all_images_together() -> None:
     from kptllm_core.evaluate import CopyPredictor, score_predictor
     from kptllm_core.keypoints import KeypointSchema
+    from kptllm_core.predictor import Example
 
     schema = KeypointSchema(("a", "b", "c"))
     rng = np.random.default_rng(0)
