@@ -152,7 +152,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, coco_folder: Pat
 def test_too_few_labels_are_refused(tmp_path: Path, tiny_model: str) -> None:
     folder = tmp_path / "few"
     (folder / "images").mkdir(parents=True)
-    (folder / "annotations.json").write_text(json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "x", "keypoints": ["a"]}]}))
+    empty = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "x", "keypoints": ["a"]}]}
+    (folder / "annotations.json").write_text(json.dumps(empty))
     with pytest.raises(DataError, match="at least 2"):
         train_adapter(tiny_model, [folder], tmp_path / "a", steps=1)
 
