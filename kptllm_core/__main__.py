@@ -15,10 +15,6 @@ from pathlib import Path
 
 from kptllm_core.errors import KptError
 
-# Threads of torch that wait asleep. By default they spin, and on a machine with other work one pass then takes 50 times
-# as long (measured on two cores). OpenMP reads this when torch is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 
 @dataclass(frozen=True)
 class Command:

@@ -171,7 +171,10 @@ def _tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def _load_exactly(model: KptLLM, tensors: dict[str, Tensor], path: Path) -> None:
     """Loads strictly, save for the output embedding where it is the input embedding."""
-    missing, unknown = model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    try:
+        missing, unknown = model.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
+    except RuntimeError as error:  # torch's word for shapes that differ
+        raise ArtifactError(f"{path} does not fit config.json: {str(error).splitlines()[-1].strip()}") from None
     missing = [k for k in missing if not (k == "llm.lm_head.weight" and model.llm.config.tie_word_embeddings)]
     if missing or unknown:
         raise ArtifactError(f"{path} does not fit config.json: missing {missing[:3]}, unknown {unknown[:3]}. Weights and config belong together.")

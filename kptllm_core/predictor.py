@@ -16,7 +16,15 @@ from kptllm_core.adapters import AdapterSwitch
 from kptllm_core.checkpoint import Checkpoint, load_adapter, load_checkpoint
 from kptllm_core.decoder import Answer, Support, peak
 from kptllm_core.errors import InvalidInput
-from kptllm_core.geometry import Crop, box_of_points, clip_box, crop_of_box, crop_of_image, similarity_crop
+from kptllm_core.geometry import (
+    Crop,
+    box_of_points,
+    clip_box,
+    clip_to_image,
+    crop_of_box,
+    crop_of_image,
+    similarity_crop,
+)
 from kptllm_core.imaging import warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
@@ -122,8 +130,7 @@ class Predictor:
                 part = slice(start, start + BATCH)
                 tight = prepared.tight if prepared else None
                 sets += self._answer(images[part], crops[part], schema, tight, named, order, fixed[part])
-        boxed = zip(sets, found, images, strict=True)
-        return [KeypointSet(s.names, s.xy, s.visibility, s.score, self._box_of(s, b, prepared, i)) for s, b, i in boxed]
+        return [self._finish(*item, prepared) for item in zip(sets, found, images, strict=True)]
 
     def name_points(self, image: np.ndarray, xy: np.ndarray, box: np.ndarray | None = None,
                     candidates: Sequence[str] | None = None) -> list[tuple[str, float]]:  # fmt: skip
@@ -229,11 +236,14 @@ class Predictor:
         sure = heat.flatten(1).softmax(-1).amax(-1).cpu().numpy()
         return KeypointSet(tuple(names), xy, np.full(len(names), Visibility.VISIBLE), sure)
 
-    def _box_of(self, points: KeypointSet, box: np.ndarray | None, prepared: _Prepared | None, image: np.ndarray) -> np.ndarray | None:
-        if box is not None or not points.placed.any():
-            return box
-        margin = prepared.margin if prepared is not None else np.full(4, 0.1)
-        return clip_box(_with_margin(points.xy[points.placed], margin, 1.0), image.shape[1], image.shape[0])
+    def _finish(self, points: KeypointSet, box: np.ndarray | None, image: np.ndarray, prepared: _Prepared | None) -> KeypointSet:
+        """Points moved onto the image, and a box around them where none was given or found."""
+        height, width = image.shape[:2]
+        xy = clip_to_image(points.xy, width, height)
+        if box is None and points.placed.any():
+            margin = prepared.margin if prepared is not None else np.full(4, 0.1)
+            box = clip_box(_with_margin(xy[points.placed], margin, 1.0), width, height)
+        return KeypointSet(points.names, xy, points.visibility, points.score, box)
 
     def _asked(self, questions: Questions, batch: int) -> Asked:
         put = lambda a: torch.from_numpy(a).to(self.device).expand(batch, *a.shape)  # noqa: E731
