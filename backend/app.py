@@ -337,5 +337,7 @@ def _http_error(error: HTTPException) -> tuple[Response, int]:
 
 
 def _internal(error: Exception) -> tuple[Response, int]:
+    if isinstance(error, RecursionError):  # it could be read, but not be written down again
+        return _told(InvalidInput("The JSON is nested too deeply."))
     log.error("%s %s failed", request.method, request.path, exc_info=error)
     return jsonify(error={"code": "internal", "message": "The backend failed on this request. Its log says more."}), 500

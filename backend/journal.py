@@ -28,12 +28,13 @@ from backend import split
 from backend.intake import names_of
 from backend.tables import Annotation, Base, Event, Fact, Project, Task, Version
 from backend.versions import advance, candidates_of, freeze, lock_project, recount, sizes_missing, unknown_project
-from kptllm_core.errors import Conflict, NotFound, Unavailable
+from kptllm_core.errors import ArtifactError, Conflict, InvalidInput, NotFound, Unavailable
 from label_config.schema import LabelConfig, parse
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_PASSING = ("locked", "busy", "deadlock", "could not serialize", "40001", "40p01", "55p03")
+SCHEMA = 1  # of tables.py; a journal of a later one is left alone
+_PASSING = ("locked", "busy", "deadlock", "could not serialize", "already exists", "40001", "40p01", "55p03")
 
 
 class Journal:
@@ -46,7 +47,20 @@ class Journal:
         self._one_writer = (
             threading.Lock()
         )  # threads queue here, not in SQLite, which would let them wait by turns of luck
-        self.write(lambda session: Base.metadata.create_all(session.connection()))
+        self.write(self._open)
+
+    @staticmethod
+    def _open(session: Session) -> None:
+        """Make the tables of a new journal; refuse one that a later version of this software wrote."""
+        Base.metadata.create_all(session.connection())
+        schema = session.get(Fact, "schema")
+        if schema is None:
+            session.add(Fact(name="schema", value={"version": SCHEMA}))
+        elif schema.value["version"] > SCHEMA:
+            raise ArtifactError(
+                f"The journal has the form {schema.value['version']}, this version knows forms up to {SCHEMA}. "
+                "Use the later version that wrote it, or another DATA_DIR."
+            )
 
     def close(self) -> None:
         self._engine.dispose()
@@ -266,6 +280,15 @@ class Journal:
 
         self.write(change)
 
+    def swept(self, project: str) -> None:
+        """What was missed has been looked for."""
+
+        def change(session: Session) -> None:
+            row = lock_project(session, project)
+            row.sweep_due, row.swept_at = False, time.time()
+
+        self.write(change)
+
     def note_file(self, project: str, task: int, url: str, facts: dict[str, Any]) -> None:
         """Remember which bytes stand behind a task's image: {"sha256", "width", "height"}, or {"error"} in words."""
 
@@ -331,7 +354,12 @@ def _engine(url: str) -> Engine:
     if not address.drivername.startswith("sqlite"):
         if address.drivername == "postgresql":
             address = address.set(drivername="postgresql+psycopg")
-        return create_engine(address, pool_pre_ping=True)
+        try:
+            return create_engine(address, pool_pre_ping=True)
+        except ModuleNotFoundError as error:
+            raise InvalidInput(
+                f"DATABASE_URL names PostgreSQL, whose driver is not installed ({error.name}). Install it: pip install 'psycopg[binary]'"
+            ) from None
     if address.database:
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(address, connect_args={"timeout": 0.5})

@@ -14,12 +14,13 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from backend.rounds import Rounds
-from backend.services import Services
+from backend.services import Services, is_passing
 from backend.split import MADE_HERE
 from backend.sweep import sweep_all
 from backend.tables import Lease, Project, Version
@@ -30,6 +31,9 @@ LEASE_SECONDS = 10.0
 BEAT_SECONDS = 2.0
 TICK_SECONDS = 1.0
 CORE_SECONDS = 5.0  # how often the core is asked how it is
+PAUSE_SECONDS = 15.0  # before something that did not work, or not yet, is tried again
+DUE_SECONDS = 2.0  # at least so long between two sweeps for missed events
+REPEAT_SECONDS = 600.0  # the same trouble is written into the log so often
 
 
 class JournalLease:
@@ -84,7 +88,9 @@ class Keeper:
         self._threads = [
             threading.Thread(target=t, name=f"keeper-{t.__name__}", daemon=True) for t in (self._heart, self._hands)
         ]
-        self._next_core = self._next_sweep = 0.0
+        self._next_core = self._next_sweep = self._next_due_sweep = 0.0
+        self._paused: dict[str, float] = {}  # what → monotonic time before which it is not tried again
+        self._told: dict[str, tuple[str, float]] = {}  # what → the last trouble, and when it was logged
 
     def start(self) -> None:
         for thread in self._threads:
@@ -124,20 +130,40 @@ class Keeper:
             self._next_core = now + CORE_SECONDS
             self._try("the core", self._see_core)
         for job in self.rounds.open_jobs():
-            self._try(f"round {job}", lambda job=job: self.rounds.step(job))  # type: ignore[misc]
+            self._try(f"round {job}", partial(self.rounds.step, job))
         for project in self._projects():
-            self._try(f"project {project.id}", lambda project=project: self._look_after(project))  # type: ignore[misc]
-        if self.services.has_token and (now >= self._next_sweep or self._sweep_due()):
-            self._try("Label Studio", self._sweep)
-            self._next_sweep = time.monotonic() + self.services.settings.sweep_seconds
+            self._try(f"project {project.id}", partial(self.rounds.start_if_due, project.id))
+            self._try(f"project {project.id}, image sizes", partial(self._learn_sizes, project.id))
+            if project.move_to and self.services.has_token and project.id.isdigit():
+                what = f"project {project.id}, Label Studio's version"
+                self._try(what, partial(self._move_along, project.id, project.move_to))
+        if self.services.has_token:
+            self._sweep_in_time(now)
 
-    def _try(self, what: str, work: Callable[[], object]) -> None:
+    def _try(self, what: str, work: Callable[[], object]) -> bool:
+        """Do it, unless it is to be left alone for a while. Trouble is logged once, not at every turn. True when it worked."""
+        now = time.monotonic()
+        if now < self._paused.get(what, 0.0):
+            return False
         try:
             work()
         except KptError as error:
-            log.warning("%s: %s", what, error.message)
+            said, at = self._told.get(what, ("", 0.0))
+            if error.message != said or now > at + REPEAT_SECONDS:
+                log.warning("%s: %s", what, error.message)
+                self._told[what] = error.message, now
+            self._pause(what)
+            return False
         except Exception:
             log.exception("%s: the background work failed", what)
+            self._pause(what)
+            return False
+        if self._told.pop(what, None):
+            log.info("%s: all is well again", what)
+        return True
+
+    def _pause(self, what: str) -> None:
+        self._paused[what] = time.monotonic() + (PAUSE_SECONDS if what != "the core" else 0.0)
 
     def _see_core(self) -> None:
         """When the core runs another base than a project's version was made for, the project gets a version for it."""
@@ -148,12 +174,6 @@ class Keeper:
             if version is not None and version.base != base:
                 self.services.journal.observe(project.id, project.label_config, base)
 
-    def _look_after(self, project: Project) -> None:
-        self._learn_sizes(project.id)
-        self.rounds.start_if_due(project.id)
-        if project.move_to and self.services.has_token and project.id.isdigit():
-            self._move_along(project.id, project.move_to)
-
     def _learn_sizes(self, project: str) -> None:
         """Annotations made by programs may not say how large their image is; the support set waits for that."""
         waiting = self.services.journal.support_waits_for(project)
@@ -161,6 +181,8 @@ class Keeper:
             try:
                 self.services.image(project, task, url)
             except KptError as error:
+                if is_passing(error):
+                    raise
                 log.warning("project %s, task %s: %s", project, task.task, error.message)
         if waiting:
             self.services.journal.retry_support(project)
@@ -184,8 +206,9 @@ class Keeper:
         try:
             label_studio.set_project_model_version(int(project), version)
         except InvalidInput:
-            if shown or title is None:
-                return  # no prediction of it yet: tried again
+            if shown or title is None:  # no prediction of it yet: tried again
+                self._pause(f"project {project}, Label Studio's version")
+                return
             label_studio.set_project_model_version(int(project), title)
         self._moved(project, version)
         log.info("project %s: Label Studio shows %s now", project, version)
@@ -203,16 +226,23 @@ class Keeper:
 
         self.services.journal.write(change)
 
-    def _sweep(self) -> None:
+    def _sweep_in_time(self, now: float) -> None:
+        """Over all projects at the start and every SWEEP_SECONDS; in between, over those where something was missed."""
+        if now >= self._next_sweep:
+            self._next_sweep = now + self.services.settings.sweep_seconds
+            self._try("Label Studio", partial(self._sweep, [p.id for p in self._projects()]))
+        due = [p.id for p in self._projects() if p.sweep_due]
+        if due and now >= self._next_due_sweep:
+            self._next_due_sweep = now + DUE_SECONDS
+            self._try("Label Studio", partial(self._sweep, due))
+
+    def _sweep(self, projects: list[str]) -> None:
         try:
-            sweep_all(self.services)
+            sweep_all(self.services, projects)
         except KptError as error:
             self.services.journal.set_fact("label_studio", {"up": False, "message": error.message})
             raise
         self.services.journal.set_fact("label_studio", {"up": True, "message": ""})
-
-    def _sweep_due(self) -> bool:
-        return any(p.sweep_due and p.swept_at is not None for p in self._projects())
 
     def _projects(self) -> list[Project]:
         with self.services.journal.reading() as session:

@@ -13,11 +13,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from backend.intake import annotation_row, id_of, task_row, updated_us
 from backend.services import Services
-from backend.tables import Annotation, Project
+from backend.tables import Annotation
 from kptllm_core.errors import InvalidInput, NotFound, SchemaError
 from label_config.schema import parse
 
@@ -65,12 +64,6 @@ def sweep(services: Services, project: str) -> int:
     if everything:
         changed += _bury(services, project, None, set(), begun, keep_tasks=set(seen))
     journal.set_fact(f"sweep:{project}", {"updated_us": newest, "all_at": begun if everything else known["all_at"]})
-
-    def done(session: Session) -> None:
-        row = session.get_one(Project, project)
-        row.sweep_due, row.swept_at = False, begun
-
-    journal.write(done)
     if changed:
         journal.log_event(project, "SWEEP", {"changed": changed, "tasks": len(seen)})
         log.info("project %s: a sweep found %d annotations that no webhook had brought", project, changed)
@@ -100,14 +93,12 @@ def _bury(
     return services.journal.delete_annotations(project, gone) if gone else 0
 
 
-def sweep_all(services: Services) -> None:
-    """Sweep every project that Label Studio knows; a trouble with one is logged and leaves the others alone."""
-    with services.journal.reading() as session:
-        projects = list(session.scalars(select(Project.id).order_by(Project.id)))
+def sweep_all(services: Services, projects: list[str]) -> None:
+    """Sweep these projects; one that Label Studio does not have, or whose config has no keypoints, leaves the others alone."""
     for project in projects:
-        if not project.isdigit():
-            continue
         try:
-            sweep(services, project)
+            if project.isdigit():
+                sweep(services, project)
         except (NotFound, SchemaError, InvalidInput) as error:
-            log.warning("project %s cannot be swept: %s", project, error.message)
+            log.info("project %s cannot be swept: %s", project, error.message)
+        services.journal.swept(project)

@@ -151,6 +151,14 @@ def test_json_that_would_do_harm_is_refused(here: World, data: bytes, words: str
         assert words in answer.get_json()["error"]["message"]
 
 
+def test_depth_that_can_be_read_but_not_kept_is_refused(here: World) -> None:
+    here.setup()
+    for depth in (100, 300, 500, 700, 900, 980):
+        deep = "[" * depth + "]" * depth
+        body = f'{{"action": "ANNOTATION_CREATED", "project": {{"id": 1}}, "annotation": {{"id": 1, "task": 1, "result": {deep}}}}}'
+        assert here.client.post("/webhook", data=body).status_code in (200, 400)
+
+
 def test_a_huge_body_is_refused_before_it_is_read(here: World) -> None:
     answer = here.client.post(
         "/predict", content_type="application/json", environ_overrides={"CONTENT_LENGTH": str(10**9)}

@@ -24,7 +24,7 @@ from backend import split
 from backend.intake import annotation_row, id_of, project_of, task_row, updated_us
 from backend.journal import Journal
 from backend.tables import Annotation, Group
-from kptllm_core.errors import Conflict, InvalidInput, NotFound, Unavailable
+from kptllm_core.errors import ArtifactError, Conflict, InvalidInput, NotFound, Unavailable
 from label_config.schema import parse
 
 LABELS = ("nose", "tail", "ear")
@@ -409,3 +409,28 @@ def test_boxes_and_json_come_back_as_they_went_in(journal: Journal) -> None:
     said = body(1, result=[{"from_name": "größe", "n": 1e-7, "text": "\u0000ü\U0001f600", "deep": [[{}]]}])
     record(journal, (1, said), config=WITH_BOX)
     assert current(journal)[1001].result == json.loads(json.dumps(said["result"]))
+
+
+def test_a_journal_of_a_later_form_is_left_alone(journal: Journal, url: str) -> None:
+    journal.set_fact("schema", {"version": 99})
+    with pytest.raises(ArtifactError, match="form 99"):
+        Journal(url)
+
+
+def test_every_table_can_be_made_in_postgresql() -> None:
+    from sqlalchemy.dialects import postgresql
+    from sqlalchemy.schema import CreateTable
+
+    for table in Annotation.metadata.sorted_tables:
+        assert "CREATE TABLE" in str(CreateTable(table).compile(dialect=postgresql.dialect()))
+
+
+def test_a_missing_database_driver_is_told_with_the_remedy() -> None:
+    try:
+        import psycopg  # noqa: F401
+    except ImportError:
+        with pytest.raises(InvalidInput, match="pip install"):
+            Journal("postgresql://u:p@127.0.0.1:1/x")
+    else:
+        with pytest.raises(Unavailable):
+            Journal("postgresql://u:p@127.0.0.1:1/x", patience=0.1)

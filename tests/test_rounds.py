@@ -408,7 +408,7 @@ def test_an_event_without_content_makes_the_sweep_come_soon(tmp_path: Path) -> N
         here.keeper.tick()
         tasks += stored(here, 5)
         here.client.post("/webhook", json={"action": "ANNOTATION_CREATED"})
-        here.keeper.tick()
+        here.tick_until(lambda: here.status()["labelled"] == 2)
         assert here.status()["labelled"] == 2
 
 
@@ -423,7 +423,10 @@ def test_label_studio_down_or_refusing_is_told_and_the_rest_goes_on(tmp_path: Pa
         assert here.predict(here.task(50))[0]["result"]
 
 
-def test_a_pinned_project_is_moved_along_once_predictions_of_the_version_exist(tmp_path: Path) -> None:
+def test_a_pinned_project_is_moved_along_once_predictions_of_the_version_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backend.keeper.PAUSE_SECONDS", 0.0)
     with with_token(tmp_path) as here:
         tasks = stored(here, *range(1, 13))
         project = here.serve_api(tasks, model_version="timed-00000000+r0+s2.aaaaaa")
@@ -447,6 +450,14 @@ def test_live_projects_stay_live_and_other_models_are_left_alone(tmp_path: Path,
         here.keeper.tick()
         assert project["model_version"] == then
         assert here.status()["label_studio_follows"] is True
+
+
+def test_the_same_trouble_is_logged_once(here: World, caplog: pytest.LogCaptureFixture) -> None:
+    here.stop_core()
+    for _ in range(3):
+        here.keeper._next_core = 0.0
+        here.keeper.tick()
+    assert caplog.text.count("the core: The core at") == 1
 
 
 # ---------------------------------------------------------------- what a snapshot holds
