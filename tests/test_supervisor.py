@@ -19,7 +19,8 @@ from typing import IO, Any
 import psutil
 import pytest
 import requests
-from backend_world import CONFIG
+from backend_world import CONFIG, picture, region
+from small_server import Answer, SmallServer
 
 from backend.settings import Settings
 from backend.supervisor import Child, Supervisor, children, port_is_free
@@ -302,3 +303,66 @@ def test_the_real_backend_serves_survives_a_kill_and_stops(start: Any, tmp_path:
     assert run.stop() == 0
     assert gone(family)
     assert "backend | " in run.text and "Traceback" not in run.text
+
+
+@pytest.mark.slow
+def test_the_whole_product_on_tiny_survives_kills_in_the_middle_of_a_round(start: Any, tmp_path: Path) -> None:
+    """Backend, core and trainer as they are: killed one after the other while a round trains; nothing is lost."""
+    port, core = free_port(), free_port()
+    with SmallServer() as studio:
+        environment = {"PORT": str(port), "CORE_PORT": str(core), "MODEL": "tiny", "DATA_DIR": str(tmp_path / "backend"), "ROUND_SECONDS": "15",
+                       "LABEL_STUDIO_URL": studio.url, "CORE_URL": ""}  # fmt: skip
+        command = [sys.executable, "-u", "-m", "backend"]
+        run = start(command=command, **environment)
+        url = f"http://127.0.0.1:{port}"
+
+        def get(path: str) -> dict[str, Any]:
+            try:
+                return dict(requests.get(url + path, timeout=2).json())
+            except (requests.RequestException, ValueError):
+                return {}
+
+        def job() -> dict[str, Any]:
+            return get("/projects/1/status").get("job") or {}
+
+        run.until(lambda: get("/health").get("base"), 120)
+        tasks, annotations = [], []
+        for n in range(1, 13):
+            studio.routes[f"/data/upload/1/{n}.png"] = Answer(body=picture(n * 20))
+            tasks.append({"id": n, "data": {"image": f"/data/upload/1/{n}.png"}})
+            result = [region(label, 20.0 + 10 * i + n, 40.0 + n) for i, label in enumerate(("nose", "tail", "ear"))]
+            annotations.append({"id": n, "task": n, "result": result, "updated_at": "2026-01-01T00:00:00Z"})
+        event = {"project": {"id": 1, "label_config": CONFIG}}
+        created = requests.post(
+            f"{url}/webhook",
+            json={"action": "ANNOTATIONS_CREATED", **event, "annotation": annotations, "task": tasks},
+            timeout=10,
+        )
+        assert created.json()["new"] == 12
+        assert (
+            requests.post(f"{url}/webhook", json={"action": "START_TRAINING", **event}, timeout=10).status_code == 201
+        )
+
+        def trainers() -> list[psutil.Process]:
+            return [p for p in run.family() if "kptllm_core.trainer" in " ".join(p.cmdline())]
+
+        run.until(lambda: trainers() and (job().get("progress") or {}).get("step"), 120)
+        trainers()[0].kill()
+        run.until(lambda: trainers(), 60)
+        next(p for p in run.family() if "kptllm_core" in p.cmdline() and "serve" in p.cmdline()).kill()
+        run.until(lambda: "core    | [ended" in run.text, 60)
+        family = run.family()
+        run.stop(signal.SIGKILL)
+        assert gone(family)
+        run = start(command=command, **environment)
+        run.until(lambda: job().get("state") == "done", 240)
+        status = get("/projects/1/status")
+        assert status["labelled"] == 12
+        assert status["job"]["round"] == 1
+        assert "held-out images" in status["job"]["message"]
+        body = {"project": 1, "label_config": CONFIG, "tasks": tasks}
+        results = requests.post(f"{url}/predict", json=body, timeout=100).json()["results"]
+        assert len(results) == 12
+        assert {r["model_version"] for r in results} == {status["model_version"]}
+        assert run.stop() == 0
+        assert "Traceback" not in run.text
