@@ -90,10 +90,12 @@ def load_coco(folder: str | Path) -> KeypointDataset:
 
 
 def schema_of_category(category: dict[str, Any]) -> KeypointSchema:
-    """A COCO category → schema; left/right pairs are read from the names."""
+    """A COCO category → schema. Left/right pairs come from `symmetric` (ours, 1-based as the skeleton), else from the names."""
     names = tuple(str(n) for n in category["keypoints"])
     skeleton = tuple((int(a) - 1, int(b) - 1) for a, b in category.get("skeleton") or ())
-    return KeypointSchema(names, str(category.get("name", "object")), skeleton, symmetric_pairs(names))
+    told = category.get("symmetric")
+    pairs = symmetric_pairs(names) if told is None else tuple((int(a) - 1, int(b) - 1) for a, b in told)
+    return KeypointSchema(names, str(category.get("name", "object")), skeleton, pairs)
 
 
 def write_coco(folder: Path, schema: KeypointSchema, items: Iterable[tuple[str, int, int, KeypointSet, str]]) -> None:
@@ -107,7 +109,8 @@ def write_coco(folder: Path, schema: KeypointSchema, items: Iterable[tuple[str, 
         around = [0, 0, width, height] if box is None else [round(float(v), 3) for v in box]
         annotations.append({"id": number, "image_id": number, "category_id": 1, "keypoints": flat, "iscrowd": 0,
                             "num_keypoints": int(points.placed.sum()), "bbox": around, "area": around[2] * around[3]})  # fmt: skip
-    category = {"id": 1, "name": schema.category, "keypoints": list(schema.names), "skeleton": [[a + 1, b + 1] for a, b in schema.skeleton]}
+    skeleton, symmetric = ([[a + 1, b + 1] for a, b in pairs] for pairs in (schema.skeleton, schema.symmetric))
+    category = {"id": 1, "name": schema.category, "keypoints": list(schema.names), "skeleton": skeleton, "symmetric": symmetric}
     (folder / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": [category]}))
 
 

@@ -156,7 +156,7 @@ class Engine:
         examples = []
         for item in support:
             try:
-                examples.append(Example(self._pixels.get(item.image), item.keypoints))
+                examples.append(Example(self._pixels.get(item.image), item.keypoints, item.image))
             except (ImageError, TooLarge) as error:
                 raise type(error)(f"The support image {item.image} cannot be used: {error.message}", image=item.image) from None
         return examples

@@ -190,7 +190,8 @@ def _array(value: Any, shape: tuple[int, ...], dtype: Any, name: str) -> np.ndar
     try:
         array = np.array(value, dtype=dtype).reshape(shape)
     except (TypeError, ValueError, OverflowError):
-        raise InvalidInput(f"{name} must have shape {shape}; found {np.shape(value) if not isinstance(value, dict) else 'an object'}.") from None
+        found = value.shape if isinstance(value, np.ndarray) else f"{str(value)[:60]}"
+        raise InvalidInput(f"{name} must be numbers of shape {shape}; found {found}.") from None
     if np.issubdtype(dtype, np.floating) and not np.isfinite(array).all():
         raise InvalidInput(f"{name} holds values that are not finite.")
     array.setflags(write=False)

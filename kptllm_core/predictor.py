@@ -44,6 +44,8 @@ class Example:
 
     image: np.ndarray
     keypoints: KeypointSet
+    key: str | None = None
+    """The hash of the image where the caller knows it; saves hashing the pixels to find the example again."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Predictor:
         self.base = checkpoint.base
         self.adapter: str | None = None
         self._switch: AdapterSwitch | None = None
+        self._weights = self.base
         self._supports: OrderedDict[str, _Prepared] = OrderedDict()
 
     @property
@@ -93,7 +96,7 @@ class Predictor:
         self._switch.put(tensors)
         self.model.eval()
         self.adapter = None if folder is None else Path(folder).name
-        self._supports.clear()
+        self._weights = self.base if folder is None else hashlib.sha256((Path(folder) / "manifest.json").read_bytes()).hexdigest()
 
     def predict(self, images: Sequence[np.ndarray], schema: KeypointSchema, support: Sequence[Example] = (),
                 boxes: Sequence[np.ndarray | None] | None = None, prompt: str = "auto", asked: Sequence[str] | None = None,
@@ -153,7 +156,7 @@ class Predictor:
         return crop_of_image(image.shape[1], image.shape[0], self.size) if box is None else crop_of_box(box, self.size)
 
     def _prepare(self, schema: KeypointSchema, support: Sequence[Example]) -> _Prepared:
-        key = _support_key(schema, support)
+        key = _support_key(self._weights, schema, support)
         if key in self._supports:
             self._supports.move_to_end(key)
             return self._supports[key]
@@ -293,11 +296,11 @@ class Predictor:
         return chosen
 
 
-def _support_key(schema: KeypointSchema, support: Sequence[Example]) -> str:
-    digest = hashlib.sha256(repr(schema.names).encode())
+def _support_key(weights: str, schema: KeypointSchema, support: Sequence[Example]) -> str:
+    digest = hashlib.sha256(repr((weights, schema.names)).encode())
     for example in support:
-        digest.update(str(example.image.shape).encode() + np.ascontiguousarray(example.image).tobytes())
-        digest.update(repr(example.keypoints.to_json()).encode())
+        image = example.key or hashlib.sha256(np.ascontiguousarray(example.image).data).hexdigest()
+        digest.update(repr((image, example.image.shape, example.keypoints.to_json())).encode())
     return digest.hexdigest()
 
 

@@ -64,3 +64,8 @@ def test_bad_sets_are_refused(change: dict[str, object]) -> None:
     good = {"names": ["a", "b"], "xy": [[1, 2], [3, 4]], "visibility": [2, 2]}
     with pytest.raises(InvalidInput):
         KeypointSet.from_json({**good, **change})
+
+
+def test_a_ragged_list_is_said_to_be_one() -> None:
+    with pytest.raises(InvalidInput, match="xy must be numbers of shape"):
+        KeypointSet.from_json({"names": ["a", "b"], "xy": [[1, 2], [3]], "visibility": [2, 2]})
