@@ -96,7 +96,7 @@ def annotation_row(project: str, body: dict[str, Any], task: int, config: LabelC
         result=result,
         labels=labels,
         points=known_points(labels, config) if config else 0,
-        origins=dict(Counter(str(r.get("origin") or "manual") for r in regions if r.get("type") == "keypointlabels")),
+        origins=dict(Counter(str(r.get("origin") or "unknown") for r in regions if r.get("type") == "keypointlabels")),
         counts=not why_not,
         why_not=why_not,
         ground_truth=ground_truth,
@@ -124,7 +124,11 @@ def _why_not(body: dict[str, Any]) -> str:
         return "skipped (cancelled) by the annotator"
     if body.get("is_draft") is True or body.get("was_postponed") is True:
         return "a draft that nobody submitted yet"
-    if body.get("last_action") == "prediction":
+    regions = [r for r in body.get("result") or [] if isinstance(r, dict)]
+    # The Data Manager's "Create annotations from predictions" copies the regions as they are. Where a person submits a
+    # prediction, the page says how long it took (lead_time) and where each region comes from (origin).
+    untouched = body.get("parent_prediction") is not None and body.get("lead_time") is None
+    if body.get("last_action") == "prediction" or (untouched and not any(r.get("origin") for r in regions)):
         return "made from a prediction by Label Studio, confirmed by nobody"
     return ""
 

@@ -85,7 +85,7 @@ class Annotation(Base):
     points: Mapped[int] = mapped_column(Integer, default=0)  # points whose label the present config knows
     origins: Mapped[dict[str, Any]] = mapped_column(
         default=dict
-    )  # manual | prediction | prediction-changed → how often
+    )  # manual | prediction | prediction-changed | unknown → how often
     counts: Mapped[bool] = mapped_column(Boolean, default=True)  # made or confirmed by a person
     why_not: Mapped[str] = mapped_column(Text, default="")
     ground_truth: Mapped[bool] = mapped_column(Boolean, default=False)

@@ -28,6 +28,7 @@ from kptllm_core.errors import ArtifactError, Conflict, InvalidInput, NotFound, 
 from label_config.schema import parse
 
 LABELS = ("nose", "tail", "ear")
+COPIED = [{k: v for k, v in region("nose", 10.0, 10.0).items() if k != "origin"}]  # as it was predicted
 
 
 @pytest.fixture
@@ -109,7 +110,9 @@ def test_deleted_tasks_take_their_annotations_along(journal: Journal) -> None:
 @pytest.mark.parametrize(
     ("more", "counts"),
     [({}, True), ({"was_cancelled": True}, False), ({"is_draft": True}, False), ({"last_action": "prediction"}, False),
-     ({"last_action": "updated"}, True), ({"labels": ()}, True)],
+     ({"last_action": "updated"}, True), ({"labels": ()}, True),
+     ({"parent_prediction": 5, "lead_time": None, "result": COPIED}, False), ({"parent_prediction": 5, "lead_time": None}, True),
+     ({"parent_prediction": 5, "lead_time": 3.5, "result": COPIED}, True)],
 )  # fmt: skip
 def test_which_annotations_count(journal: Journal, more: dict[str, Any], counts: bool) -> None:
     record(journal, (1, body(1, **more)))
