@@ -163,7 +163,7 @@ class KptLLMBackend(LabelStudioMLBase):
             rows.append(annotation_row(self.project_id, body, task, config))
             if task in tasks and tasks[task].get("data"):
                 task_rows.append(task_row(self.project_id, tasks[task], config))
-        if incomplete or not rows:
+        if incomplete or not rows or {r.task for r in rows} - {t.task for t in task_rows}:
             journal.sweep_soon(self.project_id)
         new = journal.record(self.project_id, task_rows, rows, config)
         return {

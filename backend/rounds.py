@@ -25,6 +25,7 @@ from sqlalchemy.orm import Session
 from backend import split
 from backend.services import Services, is_passing
 from backend.snapshot import round_body
+from backend.sweep import sweep
 from backend.tables import Annotation, Job, Project, Task, Version
 from backend.versions import candidates_of, decide_uses, freeze_version, support_entries, uses_of
 from kptllm_core.errors import Conflict, InvalidInput, KptError, NotFound
@@ -165,6 +166,13 @@ class Rounds:
     def _prepare(self, job: Job) -> None:
         """Take the snapshot: which annotations, which images, who is held out."""
         base = self.services.see_core()
+        if self.services.has_token and job.project.isdigit():
+            try:
+                sweep(self.services, job.project)
+            except KptError as error:
+                log.warning(
+                    "project %s, round %s: what webhooks missed is not known: %s", job.project, job.round, error.message
+                )
         with self.journal.reading() as session:
             row = session.get_one(Project, job.project)
             version = session.get(Version, row.active_version) if row.active_version else None

@@ -491,3 +491,13 @@ def test_waiting_is_for_passing_trouble_only() -> None:
 
     assert is_passing(Unavailable("x"))
     assert Project.__tablename__ == "projects"
+
+
+def test_a_round_learns_first_what_webhooks_missed(tmp_path: Path) -> None:
+    with with_token(tmp_path) as here:
+        here.label(*range(1, 11))
+        tasks = stored(here, *range(1, 13))
+        here.serve_api(tasks)
+        here.keeper._next_sweep = here.keeper._next_due_sweep = float("inf")
+        job = here.play_round()
+        assert job["train_images"] + job["heldout_images"] == 12
