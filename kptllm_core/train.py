@@ -77,7 +77,7 @@ class Recipe:
 
 
 PRETRAIN = Recipe()
-ADAPT = Recipe(seconds=150, episodes=3, views=4, max_points=24, rate=2e-3, full_rate=0.5, decay=0.01, warmup=20, average=0.98, naming=4)
+ADAPT = Recipe(seconds=150, episodes=3, views=4, max_points=24, rate=3e-3, full_rate=0.5, decay=0.01, warmup=20, average=0.98, naming=4)
 
 
 class Batches(IterableDataset):
