@@ -164,7 +164,8 @@ def test_the_layout_is_fitted_to_a_turned_object() -> None:
 
 def test_backbones_of_transformers_load_from_their_own_format(tmp_path: Path) -> None:
     """The real loading path of the larger presets, on small checkpoints saved in the same format."""
-    vision = AutoModel.from_config(AutoConfig.for_model("dinov2", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, image_size=56))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = AutoModel.from_config(AutoConfig.for_model("dinov2", **sizes, patch_size=14, image_size=56))
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                                                 num_attention_heads=4, num_key_value_heads=2))  # fmt: skip
     vision.save_pretrained(tmp_path / "vision")
