@@ -29,7 +29,7 @@ _STARTED = time.monotonic()
 def main(arguments: list[str] | None = None) -> int:
     """0 when everything that was asked for happened (or a person stopped the demo), 1 with the reason in words."""
     options = _options(arguments)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     try:
         with services.alone_in(options.folder):
