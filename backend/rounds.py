@@ -200,8 +200,8 @@ class Rounds:
             raise InvalidInput(f"{len(train)} images to train on and {len(heldout)} to judge by, which were never shown to the model; at "
                                f"least {split.MIN_HELDOUT} must judge. Label {max(more, 1)} more.")  # fmt: skip
         with self.journal.reading() as session:
-            chosen = split.choose_support(job.project, train, uses, split.MAX_SUPPORT)
-            support = [entry for entry, _ in support_entries(session, job.project, config, chosen)]
+            order = split.support_order(job.project, train, uses)
+            support = [entry for entry, _ in support_entries(session, job.project, config, order, split.MAX_SUPPORT)]
             snapshot = round_body(session, job, config, version, train, heldout, support, self.settings.round_seconds)
         text = json.dumps(snapshot, sort_keys=True)
         used = f"{len(train)} images to train on, {len(heldout)} held out"

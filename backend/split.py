@@ -70,11 +70,10 @@ def assign(project: str, candidates: list[Candidate], uses: dict[str, str], ever
     return new
 
 
-def choose_support(project: str, candidates: list[Candidate], uses: dict[str, str], count: int) -> list[Candidate]:
-    """At most `count` examples, never a held-out one: ground truth first, then the most complete, then by rank."""
-    open_to_all = [c for c in candidates if uses.get(c.group) != HELDOUT]
-    open_to_all.sort(key=lambda c: (not c.ground_truth, -c.points, rank(project, c.group), c.task))
-    return open_to_all[:count]
+def support_order(project: str, candidates: list[Candidate], uses: dict[str, str]) -> list[Candidate]:
+    """Who is to be a support example first: ground truth, then the most complete, then by rank. Held-out ones never are."""
+    free = [c for c in candidates if uses.get(c.group) != HELDOUT]
+    return sorted(free, key=lambda c: (not c.ground_truth, -c.points, rank(project, c.group), c.task))
 
 
 def version_name(base: str, round_number: int, support: list[Any], names: dict[str, Any]) -> str:

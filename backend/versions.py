@@ -66,7 +66,7 @@ def freeze(session: Session, row: Project, base: str, adapter: Version | None, c
     uses = uses_of(session, row.id)
     if count >= split.STEPS[-1]:  # from here on there are enough images to hold some out, before they become examples
         uses |= decide_uses(session, row.id, candidates, uses, everything=False)
-    chosen = support_entries(session, row.id, config, split.choose_support(row.id, candidates, uses, count))
+    chosen = support_entries(session, row.id, config, split.support_order(row.id, candidates, uses), count)
     decide = {group: split.TRAIN for _, group in chosen if group not in uses}
     session.add_all(Group(project=row.id, group=group, use=use) for group, use in decide.items())
     old = session.get(Version, row.active_version) if row.active_version else None
@@ -88,14 +88,18 @@ def decide_uses(
 
 
 def support_entries(
-    session: Session, project: str, config: LabelConfig, candidates: list[split.Candidate]
+    session: Session, project: str, config: LabelConfig, candidates: list[split.Candidate], count: int
 ) -> list[tuple[dict[str, Any], str]]:
-    """Frozen examples, each with its group: {"task", "annotation", "controls": {control: {"image": URL, "keypoints": …}}}.
+    """The first `count` usable candidates as frozen examples, each with its group.
+
+    An example is {"task", "annotation", "controls": {control: {"image": URL, "keypoints": …}}}.
 
     One object per image and control, the one with the most points. An annotation without a usable object is left out.
     """
-    entries = []
+    entries: list[tuple[dict[str, Any], str]] = []
     for candidate in candidates:
+        if len(entries) == count:
+            break
         annotation = session.get_one(Annotation, candidate.row)
         task = session.get(Task, (project, candidate.task))
         controls = {}

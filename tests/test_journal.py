@@ -180,6 +180,14 @@ def test_from_ten_images_on_some_are_held_out_and_are_no_examples(journal: Journ
     assert not heldout & {f"task={e['task']}" for e in journal.active("1").support}
 
 
+def test_an_annotation_that_cannot_be_used_takes_no_examples_place(journal: Journal) -> None:
+    twice = [region("nose", 10.0, 10.0), region("nose", 90.0, 10.0, id="other")]
+    record(journal, (1, body(1, result=twice * 3)), (2, body(2)))
+    assert [e["task"] for e in journal.active("1").support] == [2]
+    record(journal, *((n, body(n)) for n in (3, 4, 5, 6)))
+    assert len(journal.active("1").support) == 5
+
+
 def test_examples_are_kept_by_name_and_in_pixels(journal: Journal) -> None:
     record(journal, (3, body(3)))
     entry = journal.active("1").support[0]
