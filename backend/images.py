@@ -25,7 +25,7 @@ from backend.label_studio import LabelStudio
 from backend.settings import Settings
 from backend.transport import climbs, origin_of
 from kptllm_core.errors import ImageError, InvalidInput, KptError, NotFound, TooLarge, Unauthorized, Unavailable
-from kptllm_core.imaging import image_size
+from kptllm_core.imaging import image_size, read_image
 
 MAX_ADDRESS = 8_000  # characters
 MAX_HOPS = 4  # requests for one image, redirects included
@@ -71,7 +71,7 @@ class ImageFetcher:
             image_size(data)
         except KptError as error:
             raise type(error)(f"{_shown(place.url)}: {error.message}", **error.details) from None
-        if complete:
+        if complete or _decodes(data):  # Label Studio itself sends uploads without their length
             self._cache.put(place.key, data)
         return data
 
@@ -265,6 +265,15 @@ def _quoted(url: str) -> str:
     return parts._replace(
         netloc=netloc, path=path, query=quote(parts.query, safe="/%:@!$&'()*+,;=~?"), fragment=""
     ).geturl()
+
+
+def _decodes(data: bytes) -> bool:
+    """Whether every pixel is there."""
+    try:
+        read_image(data)
+    except KptError:
+        return False
+    return True
 
 
 def _shown(url: str) -> str:

@@ -481,13 +481,14 @@ def test_a_short_body_is_an_error_and_not_kept(
     assert images.fetch(UPLOAD) == PICTURE
 
 
-def test_a_body_without_a_known_end_is_used_but_not_kept(
-    fetcher: Callable[..., ImageFetcher], studio: SmallServer
+@pytest.mark.parametrize(("body", "requests"), [(PICTURE, 1), (PICTURE[:-20], 2)], ids=["whole", "cut"])
+def test_a_body_without_a_known_end_is_kept_if_every_pixel_is_there(
+    fetcher: Callable[..., ImageFetcher], studio: SmallServer, body: bytes, requests: int
 ) -> None:
-    studio.routes[UPLOAD] = answering(HEAD + b"Connection: close\r\n\r\n" + PICTURE)
+    studio.routes[UPLOAD] = answering(HEAD + b"Connection: close\r\n\r\n" + body)
     images = fetcher()
-    assert images.fetch(UPLOAD) == images.fetch(UPLOAD) == PICTURE
-    assert len(studio.requests) == 2
+    assert images.fetch(UPLOAD) == images.fetch(UPLOAD) == body
+    assert len(studio.requests) == requests
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>login</html>", b"\x89PNG\r\n\x1a\n", b'{"detail": "no"}'])
