@@ -15,9 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from end_to_end.browser import labelling_page  # noqa: E402
-
 from backend.demo.services import Login  # noqa: E402
+from end_to_end.browser import labelling_page  # noqa: E402
 
 
 def main(address: str, out: Path) -> None:
