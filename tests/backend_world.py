@@ -15,11 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from core_process import TimedPredictor
 from flask import Flask
 from flask.testing import FlaskClient
 from PIL import Image
-from small_server import Answer, Request, SmallServer, reply
 from werkzeug.serving import make_server
 
 from backend.app import create_app
@@ -27,11 +25,13 @@ from backend.keeper import Keeper
 from backend.rounds import Rounds
 from backend.services import Services
 from backend.settings import Settings
+from core_process import TimedPredictor
 from kptllm_core.engine import Engine
 from kptllm_core.jobs import JobQueue
 from kptllm_core.routes import Core
 from kptllm_core.routes import create_app as create_core_app
 from kptllm_core.store import AdapterStore, ImageStore
+from small_server import Answer, Request, SmallServer, reply
 
 CONFIG = """<View><Image name="image" value="$image"/>
 <KeyPointLabels name="kp" toName="image" smart="true"><Label value="nose"/><Label value="tail"/><Label value="ear"/></KeyPointLabels></View>"""

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import requests
-from backend_world import CONFIG, World, world
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from werkzeug.serving import make_server
 
 from backend import app as app_module
 from backend.app import strict_json
+from backend_world import CONFIG, World, world
 from kptllm_core.errors import InvalidInput
 
 CANARY = "canary-7f3a9c"

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backend_world import CONFIG, WITH_BOX, World, picture, placed, rectangle, region, world
-from small_server import Answer
 
 from backend.model import KptLLMBackend
+from backend_world import CONFIG, WITH_BOX, World, picture, placed, rectangle, region, world
 from kptllm_core.errors import InvalidInput, SchemaError, Unavailable
 from kptllm_core.keypoints import KeypointSet
 from label_config.checks import check_prediction
+from small_server import Answer
 
 
 @pytest.fixture

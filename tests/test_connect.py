@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from small_server import Answer, Request, SmallServer, no_proxies, reply  # noqa: F401
 
 from backend import connect
 from backend.demo.services import Login
 from backend.label_studio import LabelStudio
 from kptllm_core.errors import InvalidInput
+from small_server import Answer, Request, SmallServer, no_proxies, reply  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_proxies", "bare_environment")
 CANARY = "canarytoken0123456789"

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backend_world import World, picture, world
-from small_server import Answer, Request, SmallServer, reply
 
 from backend.core_client import CoreClient, Query, image_hash
+from backend_world import World, picture, world
 from kptllm_core.errors import ArtifactError, ImageError, InvalidInput, KptError, NotFound, Unauthorized, Unavailable
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
+from small_server import Answer, Request, SmallServer, reply
 
 SCHEMA = KeypointSchema(("nose", "tail"))
 IMAGES = {image_hash(p): p for p in (picture(n) for n in range(4))}

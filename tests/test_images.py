@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from small_server import Answer, Request, SmallServer, certificate_for, no_proxies  # noqa: F401
 
 from backend.guard import forbidden
 from backend.image_cache import ImageCache
@@ -20,6 +19,7 @@ from backend.images import ImageFetcher
 from backend.label_studio import LabelStudio
 from backend.settings import Settings
 from kptllm_core.errors import ImageError, InvalidInput, KptError, NotFound, TooLarge, Unauthorized, Unavailable
+from small_server import Answer, Request, SmallServer, certificate_for, no_proxies  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_proxies")
 CANARY = "canarytoken0123456789"

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backend_world import CONFIG, WITH_BOX, region
 from sqlalchemy import func, select
 
 from backend import split
 from backend.intake import annotation_row, id_of, project_of, task_row, updated_us
 from backend.journal import Journal
 from backend.tables import Annotation, Group
+from backend_world import CONFIG, WITH_BOX, region
 from kptllm_core.errors import ArtifactError, Conflict, InvalidInput, NotFound, Unavailable
 from label_config.schema import parse
 

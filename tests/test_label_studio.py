@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import requests
 from PIL import Image
-from small_server import Answer, Request, SmallServer, certificate_for, no_proxies, reply  # noqa: F401
 
 from backend.demo.services import Login
 from backend.images import ImageFetcher
@@ -22,6 +21,7 @@ from backend.label_studio import LabelStudio
 from backend.settings import Settings
 from backend.transport import climbs
 from kptllm_core.errors import InvalidInput, KptError, NotFound, TooLarge, Unauthorized, Unavailable
+from small_server import Answer, Request, SmallServer, certificate_for, no_proxies, reply  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_proxies")
 LEGACY = "0123456789abcdef0123456789abcdef01234567"

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backend_world import BAD, CONFIG, GOOD, World, world
-from small_server import Answer
 from sqlalchemy import select, update
 
 from backend import split
@@ -19,8 +17,10 @@ from backend.rounds import decide
 from backend.snapshot import merged_schema
 from backend.sweep import sweep
 from backend.tables import Annotation, Group, Job, Project
+from backend_world import BAD, CONFIG, GOOD, World, world
 from kptllm_core.errors import Unavailable
 from label_config.schema import parse
+from small_server import Answer
 
 
 @pytest.fixture

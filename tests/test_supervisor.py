@@ -19,12 +19,12 @@ from typing import IO, Any
 import psutil
 import pytest
 import requests
-from backend_world import CONFIG, picture, region
-from small_server import Answer, SmallServer
 
 from backend.settings import Settings
 from backend.supervisor import Child, Supervisor, children, port_is_free
+from backend_world import CONFIG, picture, region
 from kptllm_core.errors import Unavailable
+from small_server import Answer, SmallServer
 
 ROOT = Path(__file__).resolve().parents[1]
 FAST = (0.05, 0.1)
