@@ -49,7 +49,7 @@ def test_an_unusable_query_is_kept_as_its_error() -> None:
     ({"schema": {"names": ["a", "b"], "skeleton": [[0, 1e999]]}}, SchemaError, "no index"),
     ({"support": [{"image": A, "keypoints": {**POINTS, "names": ["ear", "nose"]}}]}, SchemaError, "'ear' is not in the schema"),
     ({"support": [{"image": A, "keypoints": {**POINTS, "names": None}}]}, InvalidInput, "list of names"),
-    ({"support": [{"image": A, "keypoints": {**POINTS, "xy": [[1, 2]]}}]}, InvalidInput, r"support\[0\]: xy must have shape"),
+    ({"support": [{"image": A, "keypoints": {**POINTS, "xy": [[1, 2]]}}]}, InvalidInput, r"support\[0\]: xy must be numbers of shape"),
     ({"support": [{"image": A, "keypoints": {**POINTS, "xy": [[1, 1e300], [0, 0]]}}]}, InvalidInput, "not finite"),
     ({"support": [{"image": A, "keypoints": {**POINTS, "visibility": [2, 2**63]}}]}, InvalidInput, "visibility"),
     ({"support": [{"image": A, "keypoints": POINTS}] * 11}, TooLarge, "at most 10"),
