@@ -219,7 +219,8 @@ class CoreClient:
         except requests.RequestException as error:
             kind = type(error).__name__
             raise Unavailable(
-                f"The core at {self.url} cannot be reached ({kind}). Is it running? Check CORE_URL and its log."
+                f"The core at {self.url} cannot be reached ({kind}). One that `python -m backend` started comes back by "
+                "itself in some seconds; for one elsewhere check CORE_URL and its log."
             ) from None
         if answer.status_code >= 300:
             raise self._error(path, answer)

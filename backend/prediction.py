@@ -146,6 +146,9 @@ class Prediction:
             data = task.get("data") if isinstance(task, dict) else None
             url = control.image_of(data) if isinstance(data, dict) else None
             if url is None:
+                if isinstance(data, dict) and control.image_key in data:
+                    kind = type(data[control.image_key]).__name__
+                    raise InvalidInput(f"The task's '{control.image_key}' is of type {kind}; expected the address of one image.")
                 found = ", ".join(map(str, list(data)[:10])) if isinstance(data, dict) else "no data"
                 raise InvalidInput(f"The task has no image under '{control.image_key}'. Found: {found}.")
             image = fetched[at, url].result(timeout=max(self.deadline - time.monotonic(), 0.1))

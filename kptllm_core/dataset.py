@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kptllm_core.errors import DataError
-from kptllm_core.imaging import read_image
+from kptllm_core.errors import DataError, ImageError, InvalidInput, TooLarge
+from kptllm_core.imaging import image_size, read_image
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, symmetric_pairs
 
 
@@ -34,8 +34,20 @@ class Sample:
         return self.schema.category
 
     def read(self) -> np.ndarray:
-        """(H, W, 3) uint8."""
-        return read_image(self.image_path)
+        """(H, W, 3) uint8. An error names the file."""
+        try:
+            return read_image(self.image_path)
+        except (ImageError, TooLarge) as error:
+            raise type(error)(f"{self.image_path.name}: {error.message}") from None
+
+    def check(self) -> None:
+        """Raises what `read` would, from the file's header alone."""
+        try:
+            image_size(self.image_path.read_bytes())
+        except OSError as error:
+            raise ImageError(f"Cannot read the image {self.image_path}: {error.strerror or error}.") from None
+        except (ImageError, TooLarge) as error:
+            raise type(error)(f"{self.image_path.name}: {error.message}") from None
 
 
 @dataclass(frozen=True)
@@ -78,9 +90,10 @@ def load_coco(folder: str | Path) -> KeypointDataset:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is no readable JSON: {error}.") from None
     try:
-        schemas = {c["id"]: schema_of_category(c) for c in data["categories"] if c.get("keypoints")}
+        schemas = {c["id"]: _placed(folder, f"category {c.get('name')}", schema_of_category, c) for c in data["categories"] if c.get("keypoints")}
         images = {i["id"]: i for i in data["images"]}
-        samples = [_sample(folder, a, images, schemas) for a in data["annotations"] if not a.get("iscrowd") and a.get("keypoints")]
+        usable = [a for a in data["annotations"] if not a.get("iscrowd") and a.get("keypoints")]
+        samples = [_placed(folder, f"annotation {a.get('id')}", _sample, folder, a, images, schemas) for a in usable]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{path} is not COCO keypoints: {type(error).__name__} {error}. "
                         "Expected images, annotations, categories with 'keypoints'.") from None  # fmt: skip
@@ -114,6 +127,16 @@ def write_coco(folder: Path, schema: KeypointSchema, items: Iterable[tuple[str, 
     (folder / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": [category]}))
 
 
+def _placed(folder: Path, where: str, read: Callable[..., Any], *material: Any) -> Any:
+    """Calls `read`; what is wrong with the material is said with its place."""
+    try:
+        return read(*material)
+    except DataError:
+        raise
+    except (InvalidInput, ValueError) as error:
+        raise DataError(f"{folder}: {where}: {error}") from None
+
+
 def _sample(folder: Path, annotation: dict[str, Any], images: dict[Any, dict[str, Any]], schemas: dict[Any, KeypointSchema]) -> Sample:
     schema = schemas.get(annotation["category_id"])
     image = images.get(annotation["image_id"])
@@ -127,4 +150,10 @@ def _sample(folder: Path, annotation: dict[str, Any], images: dict[Any, dict[str
     usable = box is not None and len(box) == 4 and box[2] > 0 and box[3] > 0
     points = KeypointSet(schema.names, values[:, :2], values[:, 2].astype(np.int8), box=np.asarray(box) if usable else None)
     width, height = int(image.get("width", 0)), int(image.get("height", 0))
-    return Sample(folder / "images" / str(image["file_name"]), image["id"], width, height, schema, points, str(image.get("group", image["id"])))
+    reach = 2 * max(width, height)
+    if reach and points.placed.any() and np.abs(points.xy[points.placed]).max() > reach:
+        raise DataError(f"{folder}: annotation {annotation.get('id')} has a point far outside its image of {width} × {height} pixels.")
+    path = folder / "images" / str(image["file_name"])
+    if ".." in path.parts[len(folder.parts) :] or Path(str(image["file_name"])).is_absolute():
+        raise DataError(f"{folder}: the file name {image['file_name']!r} leaves the folder images/.")
+    return Sample(path, image["id"], width, height, schema, points, str(image.get("group", image["id"])))

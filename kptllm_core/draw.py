@@ -44,7 +44,7 @@ def draw_keypoints(
     *,
     names: bool = True,
 ) -> np.ndarray:
-    """The image (H, W, 3) uint8 with points, skeleton, box and truth on it; enlarged by a whole factor if it is small.
+    """The image (H, W, 3) uint8 with points, box, and skeleton or truth on it; enlarged by a whole factor if it is small.
 
     points, truth: in pixels of `image`, in any order of the schema's names; absent and unlabelled points are not drawn.
     """
@@ -60,8 +60,9 @@ def draw_keypoints(
     if points is not None:
         points = points.reorder(schema.names)
         pen.box(points.box)
-        pen.skeleton(points)
-        if truth is not None:
+        if truth is None:
+            pen.skeleton(points)
+        else:  # lines of the skeleton would look like those of the errors
             pen.errors(points, truth.reorder(schema.names))
         pen.points(points)
     if truth is not None:
@@ -126,7 +127,9 @@ class _Pen:
                 self.draw.line((x - r, y + r, x + r, y - r), fill=colour, width=width)
 
     def names(self, points: KeypointSet) -> None:
-        taken: list[tuple[float, float, float, float]] = []
+        r = self.radius + 1
+        discs = [self.at(points.xy[i]) for i in np.flatnonzero(points.placed)]
+        taken = [(x - r, y - r, x + r, y + r) for x, y in discs]  # a name must not hide another point
         for i in np.flatnonzero(points.placed):
             x, y = self.at(points.xy[i])
             left, top, right, bottom = self.draw.textbbox((0, 0), self.schema.names[i], font=self.font)

@@ -245,6 +245,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate as the flags say; writes the report, prints the table. Raises KptError."""
     options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
     categories = load_categories(args.data, args.support)
+    report.check_writable(args.out)
     predictor = load_predictor(args.model, adapter=args.adapter, device=args.device, untrained=args.untrained)
     draw = partial(write_sheet, args.draw) if args.draw else None
     result = evaluate(predictor, categories, options, draw)

@@ -82,8 +82,10 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        high = values.max(initial=0)
+        # Integers of 16 bit have one scale whatever is in them; floats have none, so their range decides.
+        top = 65535.0 if image.mode != "F" or high > 255 else 255.0 if high > 1 else 1.0
         grey = np.clip(values / top * 255.0, 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     if "A" in image.getbands() or "transparency" in image.info:

@@ -23,7 +23,7 @@ from kptllm_core.errors import DataError, ImageError, InvalidInput, KptError, To
 from kptllm_core.imaging import read_image
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, symmetric_pairs
 from kptllm_core.predictor import Example, Predictor, load_predictor
-from kptllm_core.report import write_json
+from kptllm_core.report import check_writable, write_json
 
 PROMPTS = ("auto", "visual", "text", "both")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
@@ -203,6 +203,7 @@ def run(args: argparse.Namespace) -> int:
     if args.support is None and args.prompt in ("visual", "both"):
         raise InvalidInput(f"--prompt {args.prompt} needs examples. Give --support DIR, or use --prompt text.")
     sources = list_images(args.images)
+    check_writable(args.out)
     chosen = choose_support(args.support, args.shots, args.category) if args.support else []
     if chosen:
         schema = chosen[0].schema

@@ -184,6 +184,17 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def check_writable(path: Path) -> None:
+    """Before long work: DataError if nothing can be written at `path`."""
+    trial = path.with_name(f".{path.name}.trial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise DataError(f"Cannot write {path}: {error.strerror}. Choose another --out.") from None
+
+
 def write_json(path: Path, data: dict[str, Any] | list[Any]) -> None:
     """Complete or not at all: written beside, then renamed; a list has one item per line. DataError if that fails."""
     part = path.with_name(path.name + ".part")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -37,6 +38,7 @@ from kptllm_core.errors import DataError, InvalidInput, KptError
 from kptllm_core.language import plain_words, train_tokenizer
 from kptllm_core.model import KptLLM
 from kptllm_core.objective import Batch, collate, loss_of
+from kptllm_core.report import check_writable
 
 MIN_LABELLED = 2
 SAVE_EVERY = 60.0  # seconds
@@ -99,8 +101,10 @@ class Batches(IterableDataset):
 class Loop:
     """Optimizer, running average, schedule and resumable state around `loss_of`."""
 
-    def __init__(self, model: KptLLM, recipe: Recipe, state_file: Path, device: torch.device) -> None:
+    def __init__(self, model: KptLLM, recipe: Recipe, state_file: Path, device: torch.device, about: dict[str, Any] | None = None) -> None:
+        """about: what the run trains, and on what; a state that was made for something else is not resumed."""
         self.model, self.recipe, self.state_file, self.device = model, recipe, state_file, device
+        self.about = about or {}
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         groups: list[dict[str, Any]] = []
         for name, parameter in self.named.items():
@@ -178,18 +182,21 @@ class Loop:
                 tensors[f"{key}/{name}"] = value.contiguous()
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         new = self.state_file.with_suffix(".new")
-        note = {"step": self.step, "spent": self.spent, "curve": self.curve, "recipe": asdict(self.recipe)}
+        note = {"step": self.step, "spent": self.spent, "curve": self.curve, "recipe": asdict(self.recipe), "about": self.about}
         save_file({k: v.cpu() for k, v in tensors.items()}, new, metadata={"note": json.dumps(note)})
         with new.open("rb") as file:
             os.fsync(file.fileno())
         new.replace(self.state_file)
 
     def resume(self) -> bool:
-        """Reads the state if there is one."""
+        """Reads the state if there is one. InvalidInput if it belongs to another run."""
         if not self.state_file.is_file():
             return False
         with safe_open(self.state_file, "pt") as file:
             note = json.loads(file.metadata()["note"])
+            if note["about"] != self.about:
+                other = ", ".join(f"{k} {note['about'].get(k)} (now {v})" for k, v in self.about.items() if note["about"].get(k) != v)
+                raise InvalidInput(f"The state beside --out is of another run: {other}. Give the same again, or leave out --resume.")
             keys = set(file.keys())
             with torch.no_grad():
                 for name, parameter in self.named.items():
@@ -219,7 +226,8 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
     device = best_device()
     built = KptLLM(config, len(tokenizer)).to(device)
     nn.init.constant_(built.decoder.head.gate, GATE)
-    loop = Loop(built, recipe, state, device)
+    about = {"model": config.name, "adapter": False, "data": data_hash(data)}
+    loop = Loop(built, recipe, state, device, about)
     resumed = loop.resume() if resume else False
     images, shape = Images(), Augmentation()
     sources: list[tuple[Source, float]] = [(Rendered(shape, recipe.max_points), rendered),
@@ -260,7 +268,8 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     switch = AdapterSwitch(model)
     if parent is not None:
         switch.put(store.load_adapter(parent, found.base).tensors)
-    loop = Loop(model, recipe, _state_file(out), device)
+    about = {"model": found.base, "adapter": True, "parent": parent.name if parent else None, "data": data_hash(data)}
+    loop = Loop(model, recipe, _state_file(out), device, about)
     resumed = loop.resume() if resume else False
     shape = Augmentation(upright=0.7, anyway=0.05, loose=0.35, colour=0.7)
     sources: list[tuple[Source, float]] = [(Labelled(samples, shape, recipe.max_points), 1.0)]
@@ -338,8 +347,14 @@ def run(args: argparse.Namespace) -> int:
     stopped: list[int] = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, _: stopped.append(number))
+    for flag in ("seconds", "steps", "episodes"):
+        value = getattr(args, flag)
+        if value is not None and value <= 0:
+            raise InvalidInput(f"--{flag} {value} is not possible. Expected more than 0.")
     for folder in args.data:
-        load_coco(folder)
+        for sample in {s.image_path: s for s in load_coco(folder).samples}.values():
+            sample.check()
+    check_writable(args.out)
     bar = tqdm(unit="step", desc=f"train {args.out.name}", dynamic_ncols=True)
 
     def progress(now: dict[str, Any]) -> None:
@@ -350,7 +365,8 @@ def run(args: argparse.Namespace) -> int:
 
     changes = {k: v for k, v in {"episodes": args.episodes, "workers": args.workers}.items() if v is not None}
     start = ADAPT if args.lora else PRETRAIN
-    budget = (args.seconds, args.steps) if args.seconds or args.steps else (start.seconds or 3600.0, None)
+    told = args.seconds is not None or args.steps is not None
+    budget = (args.seconds, args.steps) if told else (start.seconds or 3600.0, None)
     recipe = Recipe(**{**asdict(start), **changes, "seed": args.seed, "seconds": budget[0], "steps": budget[1]})
     if args.lora:
         if not args.data:
@@ -368,7 +384,8 @@ def run(args: argparse.Namespace) -> int:
         metrics = pretrain(args.model, args.data, args.out, recipe, args.resume, progress=progress, should_stop=lambda: bool(stopped))
     bar.close()
     if metrics is None:
-        print(f"Stopped. Go on with: python -m kptllm_core train … --out {args.out} --resume", file=sys.stderr)
+        again = [a for a in sys.argv[1:] if a != "--resume"]
+        print(f"Stopped. Go on with: python -m kptllm_core {shlex.join([*again, '--resume'])}", file=sys.stderr)
         return 3
     print(f"Wrote {args.out}: {metrics['steps']} steps in {metrics['seconds']:.0f} s.")
     return 0

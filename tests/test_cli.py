@@ -262,3 +262,20 @@ def test_one_pass_benchmark_ends_with_its_figures(
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(figures) == {"ratio", "k17_over_k1", "k68_over_k1"}
     assert figures["ratio"] > 2  # 17 passes cost more than one; how much more depends on the machine's load
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--seconds", "-1"], "--seconds -1.0 is not possible"),
+        (["--steps", "0"], "--steps 0 is not possible"),
+        (["--out", "/proc/adapter"], "Choose another --out"),
+    ],
+)
+def test_training_that_cannot_be_done_is_refused_before_it_starts(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], says: str
+) -> None:
+    arguments = ["train", "--model", "tiny", "--lora", "--data", str(folder), "--out", str(tmp_path / "a"), *flags]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said

@@ -90,7 +90,7 @@ def test_a_core_that_is_down_is_named_with_its_address() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(Unavailable, match=f"{url} cannot be reached.*Is it running"):
+    with pytest.raises(Unavailable, match=f"{url} cannot be reached.*check CORE_URL"):
         CoreClient(url).health()
 
 

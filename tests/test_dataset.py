@@ -9,8 +9,16 @@ import numpy as np
 import pytest
 
 from kptllm_core.dataset import load_coco, write_coco
-from kptllm_core.errors import DataError
+from kptllm_core.errors import DataError, ImageError
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
+
+
+def coco(keypoints: list[object], file_name: str = "x.png", skeleton: list[list[int]] | None = None) -> str:
+    """A file with one point in one image."""
+    image = {"id": 1, "file_name": file_name, "width": 10, "height": 10}
+    annotation = {"id": 5, "image_id": 1, "category_id": 1, "keypoints": keypoints}
+    category = {"id": 1, "name": "thing", "keypoints": ["a"], "skeleton": skeleton or []}
+    return json.dumps({"images": [image], "annotations": [annotation], "categories": [category]})
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -34,6 +42,10 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
                      "categories": [{"id": 1, "keypoints": ["a"]}]}), "annotation 5 names an unknown image"),
         (json.dumps({"images": [{"id": 1, "file_name": "x"}], "annotations": [{"id": 5, "image_id": 1, "category_id": 1, "keypoints": [1, 2]}],
                      "categories": [{"id": 1, "keypoints": ["a"]}]}), "has 2 numbers; expected 3 × 1"),
+        (coco([1, 2, "x"]), "annotation 5: "),
+        (coco([1e9, 2, 2]), "annotation 5 has a point far outside its image of 10 × 10"),
+        (coco([1, 2, 2], file_name="../../secret.png"), "leaves the folder"),
+        (coco([1, 2, 2], skeleton=[[1, 99]]), "category thing: "),
     ],
 )  # fmt: skip
 def test_bad_files_are_explained(tmp_path: Path, text: str, says: str) -> None:
@@ -45,3 +57,13 @@ def test_bad_files_are_explained(tmp_path: Path, text: str, says: str) -> None:
 def test_a_missing_file_says_what_a_folder_holds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no annotations\.json"):
         load_coco(tmp_path)
+
+
+def test_a_broken_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "x.png").write_bytes(b"x")
+    (tmp_path / "annotations.json").write_text(coco([1, 2, 2]))
+    [sample] = load_coco(tmp_path).samples
+    for use in (sample.read, sample.check):
+        with pytest.raises(ImageError, match=r"^x\.png: Not an image"):
+            use()

@@ -40,6 +40,17 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert int(image[0, 16, 0]) < int(image[0, 48, 0]) < 200
 
 
+def test_floats_from_zero_to_one_are_no_black_picture() -> None:
+    ramp = Image.fromarray(np.tile(np.linspace(0, 1, 64, dtype=np.float32), (48, 1)))
+    image = read_image(encoded(ramp, "TIFF"))
+    assert 110 < int(image[0, 32, 0]) < 145
+
+
+def test_a_dark_image_of_16_bits_stays_dark() -> None:
+    dark = Image.fromarray(np.full((8, 8), 200, np.uint16))
+    assert read_image(encoded(dark)).max() < 3
+
+
 def test_transparency_is_white() -> None:
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert read_image(encoded(clear)).min() == 255

@@ -163,3 +163,17 @@ def test_points_of_a_self_pair_lie_inside_their_window() -> None:
     image = rng.integers(0, 255, (50, 80, 3)).astype(np.uint8)
     xy = structured_points(rng, image, np.array([10.0, 5.0]), 40, 30)
     assert ((xy >= [10, 5]) & (xy <= [50, 45])).all()
+
+
+def test_a_state_of_another_run_is_not_resumed(tmp_path: Path, coco_folder: Path, tiny_model: str) -> None:
+    with pytest.raises(InvalidInput, match="stopped"):
+        train_adapter(tiny_model, [coco_folder], tmp_path / "a", steps=5, recipe=adapt(), should_stop=lambda: True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "images").symlink_to(coco_folder / "images")
+    data = json.loads((coco_folder / "annotations.json").read_text())
+    (other / "annotations.json").write_text(json.dumps({**data, "annotations": data["annotations"][:-1]}))
+    with pytest.raises(InvalidInput, match="of another run: data"):
+        train_adapter(tiny_model, [other], tmp_path / "a", steps=5, recipe=adapt(), resume=True)
+    with pytest.raises(InvalidInput, match=r"of another run: .*adapter"):
+        pretrain(tiny_model, [], tmp_path / "a", Recipe(**{**vars(QUICK), "steps": 6}), resume=True)
