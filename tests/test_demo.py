@@ -93,6 +93,13 @@ def test_what_cannot_be_used_is_told_in_words(material: Material, tmp_path: Path
             from_folder(images, labels, None)
 
 
+@pytest.mark.parametrize(("name", "images", "single"), [("dlc_reaching_mouse", 55, 55), ("glue_tubes", 134, 42)])
+def test_real_images_are_read_with_their_truth(shared_keypoints: Path, name: str, images: int, single: int) -> None:
+    folder = shared_keypoints / name
+    found = from_folder(folder / "images", folder / "annotations.json", None)
+    assert (len(found.pictures), len(found.labelled)) == (images, single)
+
+
 def test_choosing_takes_from_every_group_before_it_takes_twice_from_one() -> None:
     pictures = [Picture(Path(f"{group}{n}.jpg"), 9, 9, None, group) for group in "abc" for n in range(4)]
     chosen = choose(pictures, 6)
