@@ -46,6 +46,12 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def port() -> int:
+    """A free port on 127.0.0.1."""
+    return free_port()
+
+
 @pytest.fixture(scope="session")
 def chromium() -> tuple[str, str]:
     """Paths of chromium and chromedriver."""
