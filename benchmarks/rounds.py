@@ -252,7 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KptError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2
-    failed = run_each(partial(measure, reports=args.reports), left, args.jobs)
+    try:
+        failed = run_each(partial(measure, reports=args.reports), left, args.jobs)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on with the round that was not finished.", file=sys.stderr)
+        return 130
     for name, task in tasks.items():
         if name not in failed:
             called = name.split(task.folder.name)[0]
