@@ -5,6 +5,8 @@
 #   make demo ONCE=1 the whole tour by itself: label, predict, correct, train, decide, predict again
 #   make test        every test but the long ones;  make test-slow  the long ones;  make lint  ruff and mypy
 #   make setup       only the environments: .venv, and .labelstudio/venv for Label Studio
+#   make card        measures the shipped model on KEYPOINTS (real sets, not part of this repository) into its model card
+#   make rounds      what a LoRA round is worth there;  ABLATE=benchmarks/recipes.json  compares recipes on two sets
 #   make clean       removes what the tools made (caches, demo data);  make distclean  the environments too
 #
 # LABEL_STUDIO_BIN=/path/to/label-studio   uses a Label Studio 1.23.2 that is already installed
@@ -24,7 +26,7 @@ export LABEL_STUDIO_BIN
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint clean distclean
+.PHONY: help setup demo test test-slow lint card rounds clean distclean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -64,6 +66,23 @@ test-slow: setup
 lint: $(VENV)/.ready
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+# The folder of the labelled sets, as in the model card. VALIDATION is never trained on; unseen groups of TRAINED are named.
+KEYPOINTS ?= ../shared/keypoints
+MODEL ?= nano
+VALIDATION ?= dlc_horse_walk glue_tubes dlc_reaching_mouse dpk_fly fly_wing
+TRAINED ?= udacity_face68 car_wheel sudoku_corners sleap_fly_pair lightning_mirror_mouse coco_mini_person carfusion_sample
+ABLATE ?=
+ROUNDS_ON ?= $(if $(ABLATE),dlc_horse_walk dpk_fly,$(VALIDATION))
+ROUND_LABELS ?= $(if $(ABLATE),20,10 20 50)
+
+card: $(VENV)/.ready
+	@exec $(RUN) benchmarks/model_card.py --model $(MODEL) $(foreach set,$(VALIDATION),--data $(KEYPOINTS)/$(set)) \
+		$(foreach set,$(TRAINED),--trained $(KEYPOINTS)/$(set)) $(ARGS)
+
+rounds: $(VENV)/.ready
+	@exec $(RUN) benchmarks/rounds.py --model $(MODEL) $(foreach set,$(ROUNDS_ON),--data $(KEYPOINTS)/$(set)) \
+		$(foreach n,$(ROUND_LABELS),--labels $(n)) $(if $(ABLATE),--ablate $(ABLATE)) $(ARGS)
 
 clean:
 	rm -rf .data .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -32,7 +32,8 @@ from benchmarks import one_pass, rounds, tables
 from benchmarks.parallel import run_each
 from kptllm_core import evaluate, report
 from kptllm_core.checkpoint import load_checkpoint
-from kptllm_core.config import model_folder
+from kptllm_core.config import ModelConfig, model_folder
+from kptllm_core.dataset import held_out, load_coco
 from kptllm_core.errors import DataError, InvalidInput, KptError
 from kptllm_core.predictor import load_predictor
 
@@ -47,10 +48,7 @@ EVALUATIONS: dict[str, dict[str, tuple[str, ...]]] = {  # table → name → fla
         f"{turned}{name}": (*(flags if name == "untrained" else ("--baseline", name)), *(("--rotate",) if turned else ()))
         for name, flags in zip(tables.BASELINES, (("--untrained",), (), (), ()), strict=True) for turned in ("", "rotated ")
     },
-    "ablations": {
-        **{f"without {part}": ("--without", part) for part in tables.ABLATED},
-        "visual without identify": ("--prompt", "visual", "--without", "identify"),
-    },
+    "ablations": {f"without {part}": ("--without", part) for part in tables.ABLATED},
 }  # fmt: skip
 NAMING = ("--task", "name", "--part", "heldout")
 TABLES = (*EVALUATIONS, "naming", "latency", "rounds", "recipes")
@@ -76,6 +74,7 @@ class Plan:
 
     model: str
     base: str
+    crop: int  # side of the model's crops, pixels
     data: tuple[Path, ...]
     trained: tuple[Path, ...]
     reports: Path
@@ -86,8 +85,8 @@ class Plan:
     recipes: dict[str, dict[str, Any]]
 
     def evaluation(self, folder: Path, name: str, flags: tuple[str, ...]) -> Measurement:
-        """Classical matching knows no weights: its reports serve every checkpoint."""
-        owner = "classical" if name.endswith(("sift", "template")) else self.base
+        """Classical matching knows no weights: its reports serve every checkpoint whose crops are as large."""
+        owner = f"classical{self.crop}" if name.endswith(("sift", "template")) else self.base
         size = f"{self.episodes}x{self.queries}"
         file = self.reports / f"{owner}-{folder.name}-{name.replace(' ', '-')}-{size}.json"
         call = ("--model", self.model, "--data", str(folder), "--episodes", str(self.episodes), "--queries", str(self.queries),
@@ -101,7 +100,8 @@ class Plan:
                 for name, flags in named.items():
                     yield table, name, folder, self.evaluation(folder, name, flags)
         for folder in self.trained:
-            yield "naming", "naming", folder, self.evaluation(folder, "naming", NAMING)
+            if any(held_out(s.group) for s in load_coco(folder).samples):
+                yield "naming", "naming", folder, self.evaluation(folder, "naming", NAMING)
 
     def rounds(self) -> Iterator[tuple[str, rounds.Round]]:
         """(name of the recipe or "", round). The shipped recipe comes first, on every folder that is large enough."""
@@ -247,9 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     args = parser.parse_args(argv)
     try:
+        crop = ModelConfig.load(model_folder(args.model)).image_size
         plan = Plan(
-            args.model, load_checkpoint(args.model).base, tuple(args.data), tuple(args.trained), args.reports, args.episodes,
-            args.queries, args.seconds, args.seed, rounds.read_recipes(args.recipes),
+            args.model, load_checkpoint(args.model).base, crop, tuple(args.data), tuple(args.trained), args.reports,
+            args.episodes, args.queries, args.seconds, args.seed, rounds.read_recipes(args.recipes),
         )  # fmt: skip
         if args.pictures:
             draw(plan, args.pictures)

@@ -114,7 +114,8 @@ def card(found: Findings) -> list[str]:
         ("Turned, more examples, one prompt alone", conditions_table(found), "PCK@0.1, boxes given, copy under the same conditions in brackets."),
         ("Baselines", baselines_table(found), "PCK@0.1, 1-shot, boxes given: upright / queries rotated at random. *Untrained*: the same "
          "architecture with random weights; *correlation*: nearest feature of this model; SIFT and template matching: OpenCV."),
-        ("Without a part", ablations_table(found), "PCK@0.1, 1-shot, boxes given, the part switched off in the trained model."),
+        ("Without a part", ablations_table(found), "PCK@0.1, 1-shot, boxes given, the part switched off in the trained model (`evaluate "
+         "--without`): what this model leans on, not what a model trained without it could do."),
         ("Naming", naming_table(found), "Groups of the training sets that training never saw. Open set: any name may be written; names "
          "are the same by the rule of `kptllm_core.metrics.canonical_name`."),
         ("A LoRA round", rounds_table(found), "Before → after, boxes given, up to eight of the labelled images as support, on images "
@@ -178,12 +179,12 @@ def baselines_table(found: Findings) -> list[str]:
 
 def ablations_table(found: Findings) -> list[str]:
     plain = [f"without {part}" for part in ABLATED]
-    columns = ("1-shot", *plain, "visual", "visual without identify")
-    rows = []
-    for name, reports in found.evaluations.items():
-        if any(c in reports for c in (*plain, columns[-1])):
-            rows.append((name, *(_pck(reports.get(c)) for c in columns)))
-    return markdown(("category", "complete", *plain, "visual prompt", "visual prompt, without identify"), rows)
+    rows = [
+        (name, *(_pck(reports.get(c)) for c in ("1-shot", *plain)))
+        for name, reports in found.evaluations.items()
+        if any(c in reports for c in plain)
+    ]
+    return markdown(("category", "complete", *plain), rows)
 
 
 def naming_table(found: Findings) -> list[str]:

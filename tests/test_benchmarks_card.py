@@ -12,6 +12,7 @@ import pytest
 from benchmarks import model_card, tables
 from benchmarks.tables import Findings, Target
 from kptllm_core.config import model_folder
+from kptllm_core.dataset import held_out
 from kptllm_core.errors import InvalidInput
 from kptllm_core.synthetic import write_dataset
 
@@ -116,14 +117,18 @@ def test_evaluate_knows_every_flag_of_the_plan(tmp_path: Path) -> None:
 
     from kptllm_core import evaluate
 
-    plan = model_card.Plan("tiny", "tiny-0", (tmp_path / "a",), (tmp_path / "b",), tmp_path / "r", 1, 1, 1.0, 0, {})
+    write_dataset(tmp_path / "b", "insect", 1, seed=1, size=32)
+    unseen = next(f"video {i}" for i in range(1000) if held_out(f"video {i}"))
+    annotations = tmp_path / "b" / "annotations.json"
+    annotations.write_text(annotations.read_text().replace("render_0001", unseen))
+    plan = model_card.Plan("tiny", "tiny-0", 64, (tmp_path / "a",), (tmp_path / "b",), tmp_path / "r", 1, 1, 1.0, 0, {})
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     files = set()
     for _, _, _, measurement in plan.evaluations():
         assert parser.parse_args(measurement.flags).out == measurement.file
         files.add(measurement.file)
-    assert len(files) == len(list(plan.evaluations()))
+    assert len(files) == len(list(plan.evaluations())) == sum(map(len, model_card.EVALUATIONS.values())) + 1
 
 
 def test_pictures_of_images_that_are_not_ours_stay_out_of_the_repository(tmp_path: Path, tiny_model: str) -> None:
