@@ -1,7 +1,7 @@
 """Independent measurements, in worker processes of one thread each.
 
-Two such workers on two cores finish about twice as much as one with two threads: the operators of a small model are too
-short to share. Where the time itself is measured, ask for one job: it then runs here, with all threads.
+Two such workers on two cores finish sooner than one with two threads: the operators of a small model are too short to share.
+Where the time itself is measured, ask for one job: it then runs here, with all threads.
 """
 
 from __future__ import annotations
