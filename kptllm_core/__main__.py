@@ -48,14 +48,31 @@ keypoint_scores, bbox. v is 2 visible, 1 hidden, 3 absent. An unreadable image h
   # what the training is worth; what layout alone cannot do
   python -m kptllm_core evaluate --untrained --data horses
   python -m kptllm_core evaluate --rotate --data horses
-  # naming given points
-  python -m kptllm_core evaluate --task name --data horses
+  # naming given points, in the tenth of all groups that pretraining never sees
+  python -m kptllm_core evaluate --task name --part heldout --data faces --data hands
+  # the same episodes for plain matching of features, SIFT, or patches, instead of the model
+  python -m kptllm_core evaluate --baseline correlation --data horses
+  python -m kptllm_core evaluate --baseline sift --rotate --data horses
+  python -m kptllm_core evaluate --baseline template --shots 5 --data horses
+  # how much the trained model leans on a part: switched off for the test
+  python -m kptllm_core evaluate --without identify --data horses
+  python -m kptllm_core evaluate --without llm --without refinement --data horses
+  # the published protocols, for who has these data sets
+  python -m kptllm_core evaluate --protocol mp100 --annotations mp100_split1_test.json --images mp100/images
+  python -m kptllm_core evaluate --protocol ap10k --annotations ap10k-test-split1.json --images ap10k/data --prompt text --shots 0
 
 PCK@a is the share of points nearer than a × max(w, h) of the true box; only points labelled in the query and in all
 supports count, a pair without any scores 0. "copy" puts the support's points at the same place of the query's true box;
 skill is the mean of (PCK@0.1 - copy) / (1 - copy) over the categories whose copy is below 0.5. Intervals (95 %) are
-bootstrapped over query objects. Names are the same if their words are, whatever the order, case and punctuation, with
-l = left and r = right.""",
+bootstrapped over query objects.
+
+Names: the model writes one freely (named), or chooses among the category's own (closed). Two names are the same if their
+plain words are: case is ignored; punctuation, camel case and the border between letters and digits separate words; l and r
+(lft, rgt, lt, rt) read left and right, which come first. Synonyms and another order of the other words are wrong.
+
+mp100: 200 episodes × (shots + 15 queries) of each class by Python's generator with seed 1, boxes cut to the image, the
+points' order shuffled; PCK at .05 … .25, their mean, AUC and NME. ap10k: every object once; AP by OKS with AP-10K's
+sigmas and PCK@0.1, means over species. Deviations are listed in the report.""",
     ),
     "train": Command(
         "kptllm_core.train", "pretrain a model, or train a LoRA adapter from a few labelled images",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class KeypointDataset:
         if len(schemas) != 1:
             raise DataError(f"{self.folder} has {len(schemas)} categories ({', '.join(schemas) or 'none'}); expected one.")
         return next(iter(schemas.values()))
+
+
+def held_out(group: str) -> bool:
+    """Whether pretraining never sees this group (a tenth of all), so that naming can be measured on training categories."""
+    return int(hashlib.sha256(group.encode()).hexdigest(), 16) % 10 == 0
 
 
 def load_coco(folder: str | Path) -> KeypointDataset:

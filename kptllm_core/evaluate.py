@@ -1,7 +1,8 @@
 """How good is a model? Runs the protocol over categories → report.json and a table: the `evaluate` command.
 
-Draws episodes (`protocol.py`), asks the Predictor exactly as serving does (`scoring.py`), sums up (`report.py`). The
-copy baseline stands beside every figure.
+Draws episodes (`protocol.py`, or those of a public data set: `published.py`), asks the Predictor exactly as serving does
+(`scoring.py`), sums up (`report.py`). The copy baseline stands beside every figure. The same episodes can be given to other
+baselines (`baselines.py`), and to the model with a part switched off (`ablation.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from kptllm_core import report
+from kptllm_core import published, report
+from kptllm_core.ablation import without
+from kptllm_core.baselines import build_baseline
 from kptllm_core.dataset import Sample
 from kptllm_core.draw import contact_sheet
 from kptllm_core.episodes import Images
 from kptllm_core.errors import DataError, ImageError, InvalidInput, TooLarge
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
+from kptllm_core.options import Options, add_arguments
 from kptllm_core.predictor import Example, Predictor, load_predictor
 from kptllm_core.protocol import (
-    BOXES,
     Category,
     Episode,
     Query,
@@ -36,6 +39,7 @@ from kptllm_core.protocol import (
     draw_episodes,
     draw_query,
     load_categories,
+    part_of,
     shuffled,
     stream,
     true_box,
@@ -43,64 +47,46 @@ from kptllm_core.protocol import (
     with_box,
 )
 from kptllm_core.report import Measured, NamedPoint, Pair
-from kptllm_core.scoring import CopyPredictor, Question, predict_and_measure, score_predictor
+from kptllm_core.scoring import CopyPredictor, PointPredictor, Question, predict_and_measure, score_predictor
 
 __all__ = ["CopyPredictor", "Options", "add_arguments", "evaluate", "load_categories", "run", "score_predictor"]
 
 Answered = tuple[np.ndarray, KeypointSet, KeypointSet]  # image, predicted, truth
 Draw = Callable[[str, KeypointSchema, list[Example], list[Answered]], None]  # category, its schema, support, queries
-PROMPTS = ("visual", "text", "both")
-TASKS = ("detect", "name")
-DECODED = 512  # images kept in memory
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to evaluate; stands in the report as it was used."""
-
-    shots: int = 1  # support objects of an episode
-    episodes: int = 200  # per category
-    queries: int = 15  # per episode
-    seed: int = 1  # of everything random
-    prompt: str = "both"  # what the model is shown: visual, text or both
-    boxes: str = "given"  # the query's true box, a jittered one, or none (the object must be found)
-    rotate: bool = False  # turn each query by a random angle
-    task: str = "detect"  # detect points, or name points that are given
-
-    def __post_init__(self) -> None:
-        for value, allowed, flag in (
-            (self.prompt, PROMPTS, "--prompt"),
-            (self.boxes, BOXES, "--boxes"),
-            (self.task, TASKS, "--task"),
-        ):
-            if value not in allowed:
-                raise InvalidInput(f"{flag} {value} is not known. Expected one of: {', '.join(allowed)}.")
-        least = 0 if self.prompt == "text" or self.task == "name" else 1
-        for name, minimum in (("shots", least), ("episodes", 1), ("queries", 1), ("seed", 0)):
-            number, flag = getattr(self, name), f"--{name}"
-            if number < minimum:
-                why = " (0 is possible with --prompt text only)" if name == "shots" else ""
-                raise InvalidInput(f"{flag} {number} is too small. Expected at least {minimum}{why}.")
-        if self.shots > 10:
-            raise InvalidInput(f"--shots {self.shots} is too many. A prompt holds at most 10 support examples.")
+DECODED = 512  # images kept in memory; of public data sets, whose photographs are larger, an eighth of it
 
 
 def evaluate(
     predictor: Predictor, categories: Sequence[Category], options: Options, draw: Draw | None = None
 ) -> dict[str, Any]:
-    """The report of a model on some categories. `draw` gets the first readable episode of each."""
-    run = _naming if options.task == "name" else _detection
-    return {"base": predictor.base, **run(predictor, categories, options, draw), "arguments": asdict(options)}
+    """The report of a model, or of a baseline in its place. `draw` gets the first readable episode of each category."""
+    kept = part_of(categories, options.part)
+    with without(predictor, options.without) as asked:
+        if options.task == "name":
+            found = _naming(predictor, kept, options)
+        else:
+            answers = build_baseline(options.baseline, predictor) if options.baseline else asked
+            found = _detection(answers, kept, options, draw)
+            asked = answers
+    names = {c.name for c in kept}
+    dropped = {c.name: f"none of its groups is in --part {options.part}" for c in categories if c.name not in names}
+    left_out = {**dropped, **found.pop("left_out", {})}
+    return {
+        "base": asked.base,
+        **found,
+        "left_out": left_out,
+        "arguments": asdict(options) | {"without": list(options.without)},
+    }
 
 
 def _detection(
-    predictor: Predictor, categories: Sequence[Category], options: Options, draw: Draw | None
+    predictor: PointPredictor, categories: Sequence[Category], options: Options, draw: Draw | None
 ) -> dict[str, Any]:
     pairs: list[Pair] = []
-    reader = _Reader()
+    reader = _Reader(DECODED if options.protocol == "episodes" else DECODED // 8)
     undrawn = {c.name for c in categories} if draw else set()
     seconds = 0.0
-    plan = [(category, episode) for category in categories for episode in _episodes(category, options)]
+    plan, left_out = _plan(categories, options)
     for category, episode in _progress(plan):
         schema = shuffled(category.schema, episode.order)
         support = [Example(image, truth) for image, truth, _ in reader.read(map(_upright, episode.support), schema)]
@@ -116,8 +102,8 @@ def _detection(
         if support:
             boxed = [Question(i, t, true_box(t)) for i, t, _ in queries]
             copy = predict_and_measure(CopyPredictor(), boxed, schema, support, counted_in=support)[0]
-        for (_, _, query), mine, copied in zip(queries, model, copy, strict=True):
-            pairs.append(Pair(category.name, query.index, mine, copied))
+        for (_, truth, query), mine, copied, points in zip(queries, model, copy, predicted, strict=True):
+            pairs.append(Pair(category.name, query.index, mine, copied, points, truth, query.sample))
         if draw and category.name in undrawn:
             undrawn.remove(category.name)
             draw(
@@ -128,15 +114,46 @@ def _detection(
             )
     if not pairs:
         raise DataError(f"None of the {len(reader.unreadable)} images could be read. Check the folder 'images'.")
-    return report.detection(pairs, seconds / len(pairs), sorted(reader.unreadable))
+    found = report.detection(pairs, seconds / len(pairs), sorted(reader.unreadable))
+    if options.protocol != "episodes":
+        _add_published(found, pairs, categories, options, sum(len(e.queries) for _, e in plan))
+    return {**found, "left_out": left_out}
 
 
-def _naming(
-    predictor: Predictor, categories: Sequence[Category], options: Options, draw: Draw | None
-) -> dict[str, Any]:
+def _plan(categories: Sequence[Category], options: Options) -> tuple[published.Plan, dict[str, str]]:
+    """All episodes, and the categories that cannot have any with the reason."""
+    sizes: dict[str, Any] = {
+        name: getattr(options, name) for name in ("shots", "episodes", "queries", "seed", "rotate")
+    }
+    if options.protocol == "mp100":
+        return published.mp100_episodes(categories, **sizes), {}
+    if options.protocol == "ap10k":
+        return published.ap10k_episodes(categories, **sizes, required=options.prompt != "text")
+    return [(category, episode) for category in categories for episode in _episodes(category, options)], {}
+
+
+def _add_published(
+    found: dict[str, Any], pairs: Sequence[Pair], categories: Sequence[Category], options: Options, planned: int
+) -> None:
+    """The figures of a public data set's tables, over all and of each category, and what keeps them from being comparable."""
+    if options.protocol == "mp100":
+        unasked = planned - len(pairs)
+        found["published"] = published.mp100_figures(pairs)
+        each = {
+            name: published.mp100_figures([p for p in pairs if p.category == name]) for name in found["per_category"]
+        }
+    else:
+        unasked = sum(len(c.samples) for c in categories) - len(pairs)
+        found["published"], each = published.ap10k_figures(pairs, categories[0].schema.names)
+    for name, figures in each.items():
+        found["per_category"][name]["published"] = figures
+    found["departures"] = published.departures(options.protocol, asdict(options), unasked)
+
+
+def _naming(predictor: Predictor, categories: Sequence[Category], options: Options) -> dict[str, Any]:
     """Names each placed point of up to episodes × queries objects: among all names, then among the category's own."""
     points: list[NamedPoint] = []
-    reader = _Reader()
+    reader = _Reader(DECODED if options.protocol == "episodes" else DECODED // 8)
     seconds, images = 0.0, 0
     for category, query in _progress([(c, q) for c in categories for q in _objects(c, options)]):
         own = list(category.schema.names)
@@ -185,9 +202,9 @@ def _upright(sample: Sample) -> Query:
 class _Reader:
     """Reads and turns images, keeping the last ones decoded; those that cannot be read are noted and left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int) -> None:
         self.unreadable: set[str] = set()
-        self._images = Images(DECODED)
+        self._images = Images(keep)
 
     def read(self, queries: Iterable[Query], schema: KeypointSchema) -> list[tuple[np.ndarray, KeypointSet, Query]]:
         """(image, truth in the order of the schema, query) of each that can be read."""
@@ -214,37 +231,11 @@ def _progress(plan: Sequence[tuple[Category, Any]]) -> Iterator[tuple[Category, 
             yield category, item
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `python -m kptllm_core evaluate`."""
-    default = Options()
-    add = parser.add_argument
-    number: dict[str, Any] = {"type": int, "metavar": "N"}
-    folder: dict[str, Any] = {"type": Path, "metavar": "DIR"}
-    add("--model", default="nano", help="preset (nano, tiny) or checkpoint folder (default: %(default)s)")
-    add("--untrained", action="store_true", help="random weights of the same architecture: what the training is worth")
-    add("--adapter", **folder, help="LoRA adapter folder made for this model")
-    add("--data", **folder, action="append", required=True, help="folder to evaluate on; may be repeated")
-    add("--support", **folder, help="draw the support examples from this folder (default: from --data)")
-    add(
-        "--shots", **number, default=default.shots, help="support objects of an episode, 1 to 10 (default: %(default)s)"
-    )
-    add("--episodes", **number, default=default.episodes, help="episodes per category (default: %(default)s)")
-    add("--queries", **number, default=default.queries, help="queries per episode (default: %(default)s)")
-    add("--seed", **number, default=default.seed, help="of everything random (default: %(default)s)")
-    add("--prompt", choices=PROMPTS, default=default.prompt, help="what the model is shown (default: %(default)s)")
-    add("--boxes", choices=BOXES, default=default.boxes, help="the query's true box, as in the protocol; or moved and "
-        "scaled a little; or none: the object must be found, as in serving (default: %(default)s)")  # fmt: skip
-    add("--rotate", action="store_true", help="turn each query in the plane by a random angle")
-    add("--task", choices=TASKS, default=default.task, help="find points, or name given ones (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
-    add("--draw", **folder, help="also write a picture per category: supports, predicted and true points")
-    add("--out", type=Path, metavar="FILE", default=Path("report.json"), help="the report (default: %(default)s)")
-
-
 def run(args: argparse.Namespace) -> int:
     """Evaluate as the flags say; writes the report, prints the table. Raises KptError."""
-    options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
-    categories = load_categories(args.data, args.support)
+    told = {name: getattr(args, name) for name in Options.__dataclass_fields__}
+    options = Options(**told | {"without": tuple(dict.fromkeys(args.without or ()))})
+    categories = _load(args, options)
     report.check_writable(args.out)
     predictor = load_predictor(args.model, adapter=args.adapter, device=args.device, untrained=args.untrained)
     draw = partial(write_sheet, args.draw) if args.draw else None
@@ -253,13 +244,36 @@ def run(args: argparse.Namespace) -> int:
         "model": str(args.model),
         "untrained": args.untrained,
         "adapter": _text(args.adapter),
-        "data": [str(d) for d in args.data],
+        "data": [str(d) for d in args.data or ()],
         "support": _text(args.support),
+        "annotations": _text(args.annotations),
+        "images": _text(args.images),
         "device": args.device,
     }
     report.write_json(args.out, result)
-    print(report.table(result), f"The report is in {args.out}.", sep="\n")  # noqa: T201 - the command's answer
+    said = [report.table(result), *report.remarks(result), f"The report is in {args.out}."]
+    print("\n".join(said))  # noqa: T201 - the command's answer
     return 0
+
+
+def _load(args: argparse.Namespace, options: Options) -> list[Category]:
+    """The categories that the flags name; each protocol has flags of its own."""
+    if options.protocol == "episodes":
+        if not args.data:
+            raise InvalidInput(
+                "There is nothing to evaluate on. Name a folder with --data, or a data set with --protocol, --annotations and --images."
+            )
+        if args.annotations or args.images:
+            raise InvalidInput(
+                "--annotations and --images belong to --protocol mp100 or ap10k. Add it, or name folders with --data."
+            )
+        return load_categories(args.data, args.support)
+    if not args.annotations or not args.images or args.data or args.support:
+        raise InvalidInput(
+            f"--protocol {options.protocol} takes --annotations FILE and --images DIR, and neither --data nor --support."
+        )
+    named = options.prompt != "visual" or options.task == "name"
+    return published.load_published(options.protocol, args.annotations, args.images, named and options.baseline is None)
 
 
 def write_sheet(

@@ -6,13 +6,13 @@ float in units of max(w, h) of the object's true box; `distances` below is a seq
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2)  # of the reports
+OKS_THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))  # COCO's .50:.05:.95
+MAX_DETECTIONS = 20  # of one image and category that count for AP, as in COCO
 MPCK_THRESHOLDS = (0.05, 0.10, 0.15, 0.20, 0.25)
 MISSED = 1.0  # distance of a point for which no position was predicted: one whole object
 EASY_COPY = 0.5  # categories that copying solves to this share at 0.1 say nothing about skill
@@ -66,6 +66,39 @@ def oks(predicted: np.ndarray, true: np.ndarray, labelled: np.ndarray, area: flo
     return float(similarity[np.asarray(labelled, bool)].mean())
 
 
+def average_precision(images: Sequence[tuple[np.ndarray, np.ndarray]], threshold: float) -> float | None:
+    """COCO's average precision at one OKS threshold; None without true objects.
+
+    images: for each image of one category, the scores (D,) of what was predicted and its `oks` (D, G) with each true object.
+    In each image the surest prediction takes its best free object first; one that finds none at `threshold` or above is
+    wrong. Precision is made monotone and averaged at the recalls 0, .01 … 1.
+    """
+    total = sum(similarity.shape[1] for _, similarity in images)
+    if not total:
+        return None
+    scores: list[float] = []
+    right: list[bool] = []
+    for score, similarity in images:
+        free = np.ones(similarity.shape[1], bool)
+        for row in np.argsort(-np.asarray(score), kind="stable")[:MAX_DETECTIONS]:
+            scores.append(float(score[row]))
+            candidates = np.where(free, similarity[row], -1.0)
+            best = int(candidates.argmax()) if len(candidates) else -1
+            right.append(best >= 0 and bool(candidates[best] >= threshold))
+            if right[-1]:
+                free[best] = False
+    hits = np.array(right, bool)[np.argsort(-np.array(scores), kind="stable")].cumsum()
+    precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
+    first = np.searchsorted(hits / total, np.linspace(0, 1, 101))  # where each recall is first reached
+    return float(np.concatenate([precision, [0.0]])[np.minimum(first, len(precision))].mean())
+
+
+def oks_ap(images: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
+    """Mean of `average_precision` over OKS .50:.05:.95: the AP of COCO and AP-10K, for one category."""
+    found = [average_precision(images, t) for t in OKS_THRESHOLDS]
+    return None if found[0] is None else float(np.mean([f for f in found if f is not None]))
+
+
 def calibration_error(score: np.ndarray, hit: np.ndarray, bins: int = 10) -> float | None:
     """Expected calibration error: mean |share of hits − mean score| over equal bins of score, weighted by their points.
 
@@ -114,26 +147,10 @@ def skill(pck_at_01: Mapping[str, float], copy_at_01: Mapping[str, float | None]
     return float(np.mean(gains)) if gains else None
 
 
-def canonical_name(name: str) -> tuple[str, ...]:
-    """The published string rule of naming accuracy: two names are the same if this is equal.
-
-    1. Unicode NFKC; camel case, digits and punctuation separate words; case is ignored.
-    2. The words "of" and "the" are dropped; "l" reads "left", "r" reads "right".
-    3. The order of the words does not matter.
-
-    So left_eye = LeftEye = "eye (left)" = "L eye", and "tip of the thumb" = thumb_tip; but finger_1 ≠ finger_2, paw ≠ foot.
-    """
-    text = unicodedata.normalize("NFKC", name)
-    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", text)
-    sides = {"l": "left", "r": "right"}
-    words = [sides.get(w, w) for w in re.findall(r"[^\W\d_]+|\d+", spaced.casefold()) if w not in ("of", "the")]
-    return tuple(sorted(words)) or (text.strip().casefold(),)
-
-
-def naming_accuracy(predicted: Sequence[str], true: Sequence[str]) -> float | None:
-    """Share of points whose predicted name is the true one by `canonical_name`; None without points."""
+def naming_accuracy(predicted: Sequence[str], true: Sequence[str], rule: Callable[[str], str]) -> float | None:
+    """Share of points whose predicted name is the true one: both read alike by `rule`. None without points."""
     if len(predicted) != len(true):
         raise ValueError(f"{len(predicted)} predicted names for {len(true)} points")
     if not true:
         return None
-    return float(np.mean([canonical_name(p) == canonical_name(t) for p, t in zip(predicted, true, strict=True)]))
+    return float(np.mean([rule(p) == rule(t) for p, t in zip(predicted, true, strict=True)]))

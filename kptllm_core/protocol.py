@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from kptllm_core.dataset import Sample, load_coco
+from kptllm_core.dataset import Sample, held_out, load_coco
 from kptllm_core.errors import DataError
 from kptllm_core.geometry import box_of_points, similarity_crop
 from kptllm_core.imaging import warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 
 BOXES = ("given", "jittered", "found")
+PARTS = ("all", "train", "heldout")
 JITTER_SHIFT = 0.1  # a jittered box is moved by up to this × max(w, h) on each axis …
 JITTER_SCALE = 0.2  # … and scaled by up to e^±this
 
@@ -67,6 +68,27 @@ def load_categories(folders: Sequence[Path], support: Path | None = None) -> lis
                 raise DataError(f"Category '{name}' of {folder} is given twice. Name each folder once.")
             found[key] = Category(key, samples[0].schema, samples, supports)
     return list(found.values())
+
+
+def part_of(categories: Sequence[Category], part: str) -> list[Category]:
+    """The categories with `all` their objects, or with those in groups that pretraining sees (`train`) or never sees (`heldout`).
+
+    Supports that come from a folder of their own stay. Categories of which nothing is left are dropped; DataError if none is.
+    """
+    if part == "all":
+        return list(categories)
+    found = []
+    for category in categories:
+        samples = [s for s in category.samples if held_out(s.group) == (part == "heldout")]
+        same_pool = category.supports is category.samples
+        if samples:
+            found.append(replace(category, samples=samples, supports=samples if same_pool else category.supports))
+    if not found:
+        groups = len({s.group for c in categories for s in c.samples})
+        raise DataError(
+            f"--part {part} leaves no object: none of the {groups} groups of this data is in it. Use --part all, or other folders."
+        )
+    return found
 
 
 def _by_category(folder: Path) -> dict[str, list[Sample]]:

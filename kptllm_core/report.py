@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 
 from kptllm_core import metrics
+from kptllm_core.dataset import Sample
 from kptllm_core.errors import DataError
+from kptllm_core.keypoints import KeypointSet
+from kptllm_core.language import plain_words
+
+NAMING_RULE = (
+    "Two names are the same if their plain words are: case is ignored; punctuation, camel case and the border between "
+    "letters and digits separate words; l and r (lft, rgt, lt, rt) read left and right; left and right come first. "
+    "Nothing else is forgiven: neither synonyms nor another order of the other words."
+)
+"""`language.plain_words` in words: the published string rule of the naming accuracy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +44,9 @@ class Pair:
     query: int
     model: Measured
     copy: Measured | None  # None where no support was drawn
+    predicted: KeypointSet | None = None  # what OKS needs besides: the prediction, the truth and where they lie
+    truth: KeypointSet | None = None
+    sample: Sample | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +125,7 @@ def _per_keypoint(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def naming(points: Sequence[NamedPoint], seconds_per_image: float, unreadable: Sequence[str]) -> dict[str, Any]:
-    """The report of `--task name`; names are compared by `metrics.canonical_name`."""
+    """The report of `--task name`; names are compared by `NAMING_RULE`, which stands in it."""
     grouped = _grouped(points)
     by_name = {category: _grouped(group, "true") for category, group in grouped.items()}
     return {
@@ -121,6 +134,7 @@ def naming(points: Sequence[NamedPoint], seconds_per_image: float, unreadable: S
         "per_keypoint": {
             category: {n: _accuracy(g) for n, g in sorted(names.items())} for category, names in by_name.items()
         },
+        "naming_rule": NAMING_RULE,
         "seconds_per_image": seconds_per_image,
         "unreadable": list(unreadable),
     }
@@ -130,8 +144,8 @@ def _accuracy(points: Sequence[NamedPoint]) -> dict[str, Any]:
     true = [p.true for p in points]
     return {
         "points": len(points),
-        "naming_accuracy": metrics.naming_accuracy([p.free for p in points], true),
-        "naming_accuracy_closed": metrics.naming_accuracy([p.closed for p in points], true),
+        "naming_accuracy": metrics.naming_accuracy([p.free for p in points], true, plain_words),
+        "naming_accuracy_closed": metrics.naming_accuracy([p.closed for p in points], true, plain_words),
     }
 
 
@@ -149,6 +163,7 @@ def table(report: dict[str, Any]) -> str:
         rows.append(("all", report))
     naming_task = "naming_accuracy" in report
     head = ["pairs", *(f"PCK@{t}" for t in metrics.THRESHOLDS), "95% @0.1", "copy@0.1", "skill", "NME", "AUC", "calib."]
+    head += ["AP"] if "AP" in report.get("published", {}) else []
     if naming_task:
         head = ["points", "named", "closed"]
     cells = [_naming_cells(row) if naming_task else _detection_cells(row) for _, row in rows]
@@ -173,6 +188,7 @@ def _detection_cells(row: dict[str, Any]) -> list[str]:
         _number(row["nme"]),
         _number(row["auc"]),
         _number(row["calibration_error"]),
+        *([_number(row["published"]["AP"])] if "AP" in row.get("published", {}) else []),
     ]
 
 
@@ -182,6 +198,26 @@ def _naming_cells(row: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def remarks(report: dict[str, Any]) -> list[str]:
+    """What a reader of the table must know besides: what was measured if not the model as it is, and by which rules."""
+    told = report["arguments"]
+    lines = []
+    if told.get("baseline"):
+        lines.append(f"These are the figures of the baseline '{told['baseline']}', not of the model.")
+    if told.get("without"):
+        lines.append(f"The model answered without {', '.join(told['without'])}, though it was trained with it.")
+    for name, why in report.get("left_out", {}).items():
+        lines.append(f"{name} was left out: {why}.")
+    if "naming_rule" in report:
+        lines.append(f"Rule of the names: {report['naming_rule']}")
+    if "published" in report:
+        figures = ", ".join(f"{name} {_number(value)}" for name, value in report["published"].items())
+        lines.append(f"{told['protocol']}, {told['shots']}-shot, prompt {told['prompt']}: {figures}.")
+        if report["departures"]:
+            lines.append(f"Not comparable with published figures: {'; '.join(report['departures'])}.")
+    return lines
 
 
 def check_writable(path: Path) -> None:

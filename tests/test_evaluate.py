@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kptllm_core.dataset import held_out
 from kptllm_core.errors import DataError, InvalidInput
 from kptllm_core.evaluate import CopyPredictor, Options, evaluate, load_categories, score_predictor, write_sheet
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
+from kptllm_core.language import plain_words
 from kptllm_core.predictor import Example
-from kptllm_core.protocol import Category, box_handed, draw_episodes, shuffled, turn, with_box
-from kptllm_core.report import table, write_json
+from kptllm_core.protocol import Category, box_handed, draw_episodes, part_of, shuffled, turn, with_box
+from kptllm_core.report import NAMING_RULE, remarks, table, write_json
 
 NAMES = ("nose", "left_ear", "right_ear", "tail")
 LAYOUT = np.array([[0.5, 0.1], [0.3, 0.3], [0.7, 0.35], [0.5, 0.9]])  # of the box; no symmetry
@@ -329,6 +331,54 @@ def test_naming_open_and_closed(tmp_path: Path) -> None:
         "naming_accuracy_closed": 1.0,
     }
     assert table(report).splitlines()[1].split() == ["mouse", "18", "0.722", "1.000"]
+    assert report["naming_rule"] == NAMING_RULE and any(NAMING_RULE in line for line in remarks(report))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("left_eye", "LeftEye", "eye (left)", "L eye", "EYE-LEFT", "l_eye", "lft eye"),
+        ("foreleg R1", "forelegR1", "right foreleg 1"),
+        ("nœud", "NŒUD"),
+        ("左目", "左目 "),
+    ],
+)
+def test_names_that_the_published_rule_takes_for_the_same(names: tuple[str, ...]) -> None:
+    assert len({plain_words(n) for n in names}) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("left_eye", "right_eye"),
+        ("finger_1", "finger_2"),
+        ("paw", "foot"),
+        ("eye", "left eye"),
+        ("thumb tip", "tip of thumb"),
+    ],
+)
+def test_names_that_it_does_not(one: str, other: str) -> None:
+    assert plain_words(one) != plain_words(other)
+
+
+def test_parts_of_the_groups(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", 40)
+    everything = load_categories([folder])
+    kept = {part: part_of(everything, part)[0] for part in ("all", "train", "heldout")}
+    assert all(held_out(s.group) for s in kept["heldout"].samples) and 1 < len(kept["heldout"].samples) < 10
+    assert not any(held_out(s.group) for s in kept["train"].samples)
+    assert len(kept["train"].samples) + len(kept["heldout"].samples) == len(kept["all"].samples) == 40
+    assert kept["train"].supports is kept["train"].samples  # supports come from the same part
+    named = evaluate(Recorder(), everything, Options(task="name", part="heldout"))
+    assert named["points"] == 4 * len(kept["heldout"].samples) and named["arguments"]["part"] == "heldout"
+    other = load_categories([folder, write_folder(tmp_path / "b", 3, groups=1, category="rat")], tmp_path / "a")
+    assert not held_out("video 0")
+    assert part_of(other, "heldout")[0].supports is other[0].supports
+    report = evaluate(Recorder(), other, Options(part="heldout", episodes=1, queries=2))
+    assert list(report["per_category"]) == ["mouse"] and list(report["left_out"]) == ["rat"]
+    assert "rat was left out: none of its groups is in --part heldout." in remarks(report)
+    with pytest.raises(DataError, match=r"--part heldout leaves no object: none of the 1 groups"):
+        evaluate(Recorder(), load_categories([tmp_path / "b"]), Options(part="heldout"))
 
 
 def test_score_predictor_counts_every_placed_point(tmp_path: Path) -> None:
@@ -395,6 +445,16 @@ def test_copy_averages_supports_and_needs_one() -> None:
         ({"boxes": "none"}, "given, jittered, found"),
         ({"prompt": "auto"}, "visual, text, both"),
         ({"seed": -1}, "--seed"),
+        ({"part": "test"}, "--part test is not known"),
+        ({"protocol": "coco"}, "episodes, mp100, ap10k"),
+        ({"baseline": "dino"}, "correlation, sift, template"),
+        ({"without": ("gate",)}, "--without gate is not known. Expected one of: identify"),
+        ({"baseline": "sift", "without": ("llm",)}, "a --baseline has none of them"),
+        ({"baseline": "sift", "prompt": "text"}, "nor finds them by text"),
+        ({"baseline": "sift", "task": "name"}, "neither names points"),
+        ({"prompt": "text", "without": ("identify",)}, "leaves nothing to ask"),
+        ({"task": "name", "without": ("llm", "extractor")}, "only the extractor"),
+        ({"protocol": "mp100", "part": "train"}, "has its own split"),
     ],
 )
 def test_options_are_checked(wrong: dict[str, Any], message: str) -> None:

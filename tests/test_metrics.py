@@ -92,31 +92,40 @@ def test_skill_leaves_out_what_copying_solves() -> None:
     assert metrics.skill({"wing": 1.0}, {"wing": None}) is None
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("left_eye", "LeftEye", "eye (left)", "L eye", "EYE-LEFT", "l_eye"),
-        ("thumb_tip", "tip of the thumb"),
-        ("foreleg R1", "forelegR1", "right foreleg 1"),
-        ("nœud", "NŒUD"),
-        ("左目", "左目 "),
-        ("…", " … "),
-    ],
-)
-def test_the_same_names(names: tuple[str, ...]) -> None:
-    assert len({metrics.canonical_name(n) for n in names}) == 1
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("left_eye", "right_eye"), ("finger_1", "finger_2"), ("paw", "foot"), ("eye", "left eye"), ("?", "!")],
-)
-def test_different_names(one: str, other: str) -> None:
-    assert metrics.canonical_name(one) != metrics.canonical_name(other)
-
-
 def test_naming_accuracy() -> None:
-    assert metrics.naming_accuracy(["eye left", "tail"], ["left_eye", "nose"]) == 0.5
-    assert metrics.naming_accuracy([], []) is None
+    assert metrics.naming_accuracy(["Tail", "paw"], ["tail", "foot"], str.lower) == 0.5
+    assert metrics.naming_accuracy([], [], str) is None
     with pytest.raises(ValueError, match="1 predicted names for 2 points"):
-        metrics.naming_accuracy(["a"], ["a", "b"])
+        metrics.naming_accuracy(["a"], ["a", "b"], str)
+
+
+def image(scores: list[float], *similarity: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(scores), np.array(similarity, float).reshape(len(scores), -1)
+
+
+def test_average_precision_ranks_by_score() -> None:
+    right, wrong = image([0.9], [0.8]), image([0.3], [0.2])
+    assert metrics.average_precision([right], 0.5) == 1.0
+    assert metrics.average_precision([right], 0.85) == 0.0
+    # Of two objects the surer one is right: precision 1 up to recall 0.5, that is at 51 of the 101 recalls.
+    assert metrics.average_precision([right, wrong], 0.5) == pytest.approx(51 / 101)
+    # The surer one is wrong: precision 1/2 at recall 0.5, and that is the best there is further left, too.
+    assert metrics.average_precision([image([0.1], [0.8]), wrong], 0.5) == pytest.approx(0.5 * 51 / 101)
+
+
+def test_each_object_is_taken_once_and_its_best_first() -> None:
+    twice = image([0.9, 0.8], [0.7], [0.9])  # both predictions mean the only object; the surer one takes it
+    assert metrics.average_precision([twice], 0.5) == 1.0  # the second is wrong, but only after full recall
+    assert metrics.average_precision([twice], 0.8) == 0.5
+    crossed = image([0.9, 0.8], [0.6, 0.9], [0.7, 0.95])
+    assert metrics.average_precision([crossed], 0.5) == 1.0  # the first takes the second object, the second the first
+    many = image([0.5] * 25, *[[0.0]] * 24, [0.9])
+    assert metrics.average_precision([many], 0.5) == 0.0  # only the first twenty count
+
+
+def test_oks_ap_is_the_mean_over_ten_thresholds() -> None:
+    assert metrics.OKS_THRESHOLDS[0] == 0.5 and metrics.OKS_THRESHOLDS[-1] == 0.95 and len(metrics.OKS_THRESHOLDS) == 10
+    assert metrics.oks_ap([image([0.9], [0.72])]) == pytest.approx(0.5)  # right from .50 to .70
+    assert metrics.oks_ap([image([1.0], [1.0])]) == 1.0
+    assert metrics.oks_ap([]) is None
+    assert metrics.oks_ap([(np.zeros(0), np.zeros((0, 2)))]) == 0.0  # two objects, nothing predicted
