@@ -2,15 +2,11 @@
 
 It asks the core how it is, moves rounds on, starts those that are due, sweeps through Label Studio and moves its projects
 along to the version that serves. Nothing of that is ever done in a request.
-
-The lease needs no clock but each process's own monotonic one: its owner counts `beat` up; whoever has seen the same beat
-for LEASE_SECONDS may take it. So neither a clock that jumps nor a killed owner can stop the work for longer than that.
 """
 
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -19,62 +15,20 @@ from functools import partial
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from backend.lease import BEAT_SECONDS, JournalLease
 from backend.rounds import Rounds
 from backend.services import Services, is_passing
 from backend.split import MADE_HERE
 from backend.sweep import sweep_all
-from backend.tables import Lease, Project, Version
+from backend.tables import Project, Version
 from kptllm_core.errors import InvalidInput, KptError
 
 log = logging.getLogger(__name__)
-LEASE_SECONDS = 10.0
-BEAT_SECONDS = 2.0
 TICK_SECONDS = 1.0
 CORE_SECONDS = 5.0  # how often the core is asked how it is
 PAUSE_SECONDS = 15.0  # before something that did not work, or not yet, is tried again
 DUE_SECONDS = 2.0  # at least so long between two sweeps for missed events
 REPEAT_SECONDS = 600.0  # the same trouble is written into the log so often
-
-
-class JournalLease:
-    """`hold()` is called again and again; True while this process has the lease."""
-
-    def __init__(
-        self, services: Services, name: str, seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.journal, self.name, self.seconds, self.clock = services.journal, name, seconds, clock
-        self.owner = secrets.token_hex(8)
-        self._seen: tuple[str, int] | None = None
-        self._seen_at = 0.0
-
-    def hold(self) -> bool:
-        with self.journal.reading() as session:  # the usual case of those who only watch writes nothing
-            row = session.get(Lease, self.name)
-        if row is not None and row.owner != self.owner:
-            if self._seen != (row.owner, row.beat):
-                self._seen, self._seen_at = (row.owner, row.beat), self.clock()
-                return False
-            if self.clock() - self._seen_at < self.seconds:
-                return False
-        return self.journal.write(self._take)
-
-    def _take(self, session: Session) -> bool:
-        row = session.get(Lease, self.name, with_for_update=True)
-        if row is None:
-            session.add(Lease(name=self.name, owner=self.owner, beat=1))
-        elif row.owner == self.owner or (row.owner, row.beat) == self._seen:
-            row.owner, row.beat = self.owner, row.beat + 1
-        else:
-            return False  # another one was first
-        return True
-
-    def release(self) -> None:
-        def give_back(session: Session) -> None:
-            row = session.get(Lease, self.name)
-            if row is not None and row.owner == self.owner:
-                session.delete(row)
-
-        self.journal.write(give_back)
 
 
 class Keeper:

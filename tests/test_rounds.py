@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import select, update
 
 from backend import split
-from backend.keeper import JournalLease
+from backend.lease import JournalLease
 from backend.rounds import decide
 from backend.snapshot import merged_schema
 from backend.sweep import sweep
