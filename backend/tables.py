@@ -3,13 +3,18 @@
     projects ──< tasks ──< annotations (all that was ever said, one row per saying)
        │ └─< groups        what a group of images is used for: training or judging; decided once
        ├─< versions        every model_version that was ever served or refused, with its figures
+       ├─< predictions     what a version predicted for a task: shown to a person, or made in the shadow
+       ├─< comparisons     a promoted version against the one before it, on the same next images
        ├─< jobs            rounds: asked for, running, finished
        └─< events          what arrived, in order
     facts, leases          single values shared by all processes
 
 Times named `*_at` are seconds since 1970 (wall clock, to be shown); nothing decides by them. `updated_us` is Label
-Studio's own `updated_at` in microseconds. New columns and tables may be added; none here is derived from another
-file, so that the journal alone is enough to rebuild everything that is served.
+Studio's own `updated_at` in microseconds. New columns and tables may be added (migrate.py adds them to older journals);
+none here is derived from another file, so that the journal alone is enough to rebuild everything that is served.
+
+Before and after are told by annotations.id, which grows with every saying: `versions.upto` is the newest one that a version
+may have learned from, `predictions.known` the newest one there was when a prediction was made.
 """
 
 from __future__ import annotations
@@ -42,6 +47,8 @@ class Project(Base):
     labelled: Mapped[int] = mapped_column(Integer, default=0)  # images with at least one point by a person
     step: Mapped[int] = mapped_column(Integer, default=0)  # the largest of 1, 2, 5, 10 that `labelled` has reached
     move_to: Mapped[str | None] = mapped_column(Text)  # Label Studio is still to be moved to this version
+    pinned: Mapped[int | None] = mapped_column(BigInteger)  # versions.id that a person pinned; nothing replaces it by itself
+    retrain: Mapped[str | None] = mapped_column(Text)  # the base that a round is due for, since the core changed to it
     sweep_due: Mapped[bool] = mapped_column(Boolean, default=True)  # something was missed; do not wait for the minute
     swept_at: Mapped[float | None] = mapped_column(Float)
     created_at: Mapped[float] = mapped_column(Float, default=time.time)
@@ -121,8 +128,52 @@ class Version(Base):
     before: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     after: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     seconds: Mapped[float | None] = mapped_column(Float)
+    upto: Mapped[int] = mapped_column(BigInteger, default=0)  # annotations.id up to which it may have learned
+    pruned: Mapped[bool] = mapped_column(Boolean, default=False)  # its adapter was deleted (prune.py); it cannot serve
     created_at: Mapped[float] = mapped_column(Float, default=time.time)
     __table_args__ = (UniqueConstraint("project", "name", name="one_version"),)
+
+
+class Predicted(Base):
+    """What a version predicted for a task. `shadow`: nobody was shown it; it was made to judge the version."""
+
+    __tablename__ = "predictions"
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    project: Mapped[str] = mapped_column(String(64))
+    task: Mapped[int] = mapped_column(BigInteger)
+    version: Mapped[int] = mapped_column(BigInteger)  # versions.id
+    shadow: Mapped[bool] = mapped_column(Boolean, default=False)
+    withheld: Mapped[bool] = mapped_column(Boolean, default=False)  # served empty, to see what people do without (anchoring.py)
+    known: Mapped[int] = mapped_column(BigInteger, default=0)  # annotations.id, the newest when it was made
+    # control → {"size": [w, h], "boxes": [[x, y, w, h]…] handed to the model, "objects": [keypoint set as JSON…]}, in pixels.
+    # None: asked for, not made yet
+    controls: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    score: Mapped[float] = mapped_column(Float, default=0.0)  # as Label Studio is told
+    error: Mapped[str] = mapped_column(Text, default="")  # why it could not be made
+    judged: Mapped[int | None] = mapped_column(BigInteger)  # annotations.id that `figures` are measured against
+    figures: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # see prequential.measure
+    made_at: Mapped[float] = mapped_column(Float, default=time.time)
+    __table_args__ = (
+        UniqueConstraint("project", "task", "version", name="one_prediction"),
+        Index("predictions_of_version", "project", "version"),
+    )
+
+
+class Comparison(Base):
+    """A promoted version against the one that served before it, on the images that people label next (shadow.py)."""
+
+    __tablename__ = "comparisons"
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    project: Mapped[str] = mapped_column(String(64), index=True)
+    version: Mapped[int] = mapped_column(BigInteger)  # versions.id of the promoted one
+    previous: Mapped[int] = mapped_column(BigInteger)  # versions.id
+    state: Mapped[str] = mapped_column(String(16), default="running")  # running | kept | rolled_back | ended
+    upto: Mapped[int] = mapped_column(BigInteger, default=0)  # annotations.id at the promotion; later images count
+    looks: Mapped[int] = mapped_column(Integer, default=0)  # how often it was looked at so far
+    figures: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # of the last look
+    reason: Mapped[str] = mapped_column(Text, default="")
+    started_at: Mapped[float] = mapped_column(Float, default=time.time)
+    ended_at: Mapped[float | None] = mapped_column(Float)
 
 
 class Job(Base):
@@ -177,3 +228,37 @@ class Lease(Base):
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     owner: Mapped[str] = mapped_column(String(64))
     beat: Mapped[int] = mapped_column(BigInteger, default=0)
+
+
+class Prelabel(Base):
+    """Predictions that the backend itself posts to Label Studio (prelabel.py). `open_key`: one unfinished run per project and kind."""
+
+    __tablename__ = "prelabels"
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    project: Mapped[str] = mapped_column(String(64), index=True)
+    kind: Mapped[str] = mapped_column(String(16))  # unlabelled: what a person asked for | again: what an outage left empty
+    open_key: Mapped[str | None] = mapped_column(String(100), unique=True)
+    state: Mapped[str] = mapped_column(String(16))  # running | done | failed | cancelled
+    replace: Mapped[bool] = mapped_column("replace_older", Boolean, default=False)
+    listed: Mapped[bool] = mapped_column(Boolean, default=False)  # all its tasks are known
+    cursor: Mapped[int] = mapped_column("listed_upto", BigInteger, default=0)  # the last task that was listed
+    per_second: Mapped[float | None] = mapped_column(Float)  # tasks, as measured lately
+    asked_by: Mapped[str] = mapped_column(Text, default="")
+    message: Mapped[str] = mapped_column(Text, default="")
+    created_at: Mapped[float] = mapped_column(Float, default=time.time)
+    finished_at: Mapped[float | None] = mapped_column(Float)
+
+
+class PrelabelTask(Base):
+    """One task of such a run."""
+
+    __tablename__ = "prelabel_tasks"
+    run: Mapped[str] = mapped_column(String(40), primary_key=True)
+    task: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    # waiting | posting (it may have arrived) | posted | there (had one already) | labelled | gone | failed
+    state: Mapped[str] = mapped_column(String(16), default="waiting")
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    version: Mapped[str | None] = mapped_column(Text)  # model_version of its prediction
+    prediction: Mapped[int | None] = mapped_column(BigInteger)  # Label Studio's id of it
+    message: Mapped[str] = mapped_column(Text, default="")
+    __table_args__ = (Index("prelabel_states", "run", "state"),)
