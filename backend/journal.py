@@ -27,6 +27,7 @@ from sqlalchemy.orm import Session
 
 from backend import split
 from backend.intake import names_of
+from backend.migrate import bring_up_to_date
 from backend.tables import Annotation, Base, Event, Fact, Project, Task, Version
 from backend.versions import advance, candidates_of, freeze, lock_project, recount, sizes_missing, unknown_project
 from kptllm_core.errors import ArtifactError, Conflict, InvalidInput, NotFound, Unavailable
@@ -50,8 +51,8 @@ class Journal:
 
     @staticmethod
     def _open(session: Session) -> None:
-        """Make the tables of a new journal; refuse one that a later version of this software wrote."""
-        Base.metadata.create_all(session.connection())
+        """Make the tables of a new journal, or what an older one lacks; refuse one that a later version of this software wrote."""
+        bring_up_to_date(session.connection(), Base.metadata)
         schema = session.get(Fact, "schema")
         if schema is None:
             session.add(Fact(name="schema", value={"version": SCHEMA}))
