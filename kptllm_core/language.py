@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 PAD, ASK, NONE, IS, KEYPOINT = "<pad>", "<ask>", "<none>", "<is>", "<keypoint>"
 SPECIAL = (PAD, ASK, NONE, IS, KEYPOINT)
-MAX_NAME_TOKENS = 12
+MAX_NAME_TOKENS = 24
 _SIDES = {"l": "left", "r": "right", "lft": "left", "rgt": "right", "lt": "left", "rt": "right"}
 
 
@@ -81,7 +81,7 @@ class Questions:
 
 
 def write_questions(tokenizer: PreTrainedTokenizerBase, names: Sequence[str | None], prompted: Sequence[bool]) -> Questions:
-    """One segment for each point. A name of None is left for the model to identify. Names are cut at 12 tokens."""
+    """One segment for each point. A name of None is left for the model to identify. Names are cut at 24 tokens."""
     special = {t: tokenizer.convert_tokens_to_ids(t) for t in SPECIAL if t != PAD}
     rows = []
     for name, has_prompt in zip(names, prompted, strict=True):

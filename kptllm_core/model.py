@@ -105,10 +105,13 @@ class KptLLM(nn.Module):
         """(…, D) states → (…, V) logits of the next token."""
         return self.llm.get_output_embeddings()(states)
 
-    def locate(self, features: Features, support: Support, state: Tensor) -> Tensor:
+    def correlate(self, features: Features, support: Support) -> list[Tensor]:
+        """What lies under the support's points against every place: (B, K, groups, H, W) at each scale."""
+        return self.decoder.correlation(self.decoder.correlation.describe(features), support)
+
+    def locate(self, features: Features, support: Support, state: Tensor, planes: list[Tensor] | None = None) -> Tensor:
         """Heatmap logits (B, K, H, W) of the asked points, each independent of the others."""
-        planes = self.decoder.correlation(self.decoder.correlation.describe(features), support)
-        return self.decoder.head(features.fine, planes, support, state)
+        return self.decoder.head(features.fine, planes or self.correlate(features, support), support, state)
 
     def refine(self, heat: Tensor, features: Features, support: Support, state: Tensor, asked: Tensor, **fixed: Any) -> Answer:
         """All points of one object together; see `Refinement`."""

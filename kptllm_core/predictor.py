@@ -28,6 +28,7 @@ from kptllm_core.geometry import (
 from kptllm_core.imaging import warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
+from kptllm_core.lexicon import lexicon
 from kptllm_core.model import Asked
 from kptllm_core.vision import Features
 
@@ -211,7 +212,8 @@ class Predictor:
         index = torch.tensor(range(len(schema)) if order is None else order, device=self.device)
         names = [schema.names[int(i)] for i in index]
         part = whole if order is None else whole.select(index)
-        questions = write_questions(self.tokenizer, names if named else [None] * len(names), [support is not None] * len(names))
+        words = [lexicon().canonical(n) for n in names] if named else [None] * len(names)
+        questions = write_questions(self.tokenizer, words, [support is not None] * len(names))
         asked = self._asked(questions, batch)
         asked = asked._replace(prompted=asked.prompted & part.known)
         _, state = model.ask(features, whole, part.token, asked)

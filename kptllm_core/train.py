@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from kptllm_core import checkpoint as store
 from kptllm_core.adapters import AdapterSwitch, adapter_state, add_lora
 from kptllm_core.config import ModelConfig, model_folder
-from kptllm_core.dataset import Sample, load_coco
+from kptllm_core.curve import Watch, draw_curve
+from kptllm_core.dataset import Sample, held_out, load_coco
 from kptllm_core.episodes import Augmentation, Images, Labelled, Rendered, SelfPairs, Source
-from kptllm_core.errors import DataError, InvalidInput, KptError
+from kptllm_core.errors import ArtifactError, DataError, InvalidInput, KptError
 from kptllm_core.language import plain_words, train_tokenizer
+from kptllm_core.lexicon import lexicon
 from kptllm_core.model import KptLLM
 from kptllm_core.objective import Batch, collate, loss_of
 from kptllm_core.report import check_writable
@@ -44,6 +48,7 @@ MIN_LABELLED = 2
 SAVE_EVERY = 60.0  # seconds
 GATE = 2.0  # a gate at zero spares a pretrained model the noise of a new LLM path; from scratch it only starves that path of gradient
 PUBLISH_EVERY = 600.0  # seconds between the checkpoints that a long pretraining leaves on its way
+MAX_PARTS = 4  # threads of a step: each holds the activations of its part
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -76,35 +81,46 @@ class Recipe:
     seed: int = 0
     workers: int = 1
     """Processes that prepare batches; 0 prepares them in this one."""
+    wide: float = 0.0
+    """Share of batches with twice the views in half the episodes: many shots."""
+    renaming: float = 0.0
+    """Share of episodes whose names are written in another style of the lexicon."""
 
 
-PRETRAIN = Recipe()
-ADAPT = Recipe(seconds=150, episodes=3, views=4, max_points=24, rate=3e-3, full_rate=0.5, decay=0.01, warmup=20, average=0.98, naming=4)
+PRETRAIN = Recipe(wide=0.25, naming=12, renaming=0.4)
+ADAPT = Recipe(seconds=150, episodes=4, views=4, max_points=24, rate=3e-3, full_rate=0.5, decay=0.01, warmup=20, average=0.98, naming=4)
 
 
 class Batches(IterableDataset):
-    """An endless stream of batches from a mix of sources."""
+    """An endless stream of batches from a mix of sources. `parts` of them make one step."""
 
-    def __init__(self, sources: Sequence[tuple[Source, float]], tokenizer: Any, recipe: Recipe, size: int, start: int) -> None:
+    def __init__(self, sources: Sequence[tuple[Source, float]], tokenizer: Any, recipe: Recipe, size: int, start: int, parts: int = 1) -> None:
         self.sources, self.tokenizer, self.recipe, self.size, self.start = sources, tokenizer, recipe, size, start
+        self.episodes = max(recipe.episodes // parts, 1)
 
     def __iter__(self) -> Iterator[Batch]:
         info = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.recipe.seed, self.start, 0 if info is None else info.id])
         shares = np.array([s for _, s in self.sources])
         while True:
-            picked = rng.choice(len(self.sources), self.recipe.episodes, p=shares / shares.sum())
-            episodes = [self.sources[i][0].episode(rng, self.recipe.views, self.size) for i in picked]
-            yield collate(episodes, self.tokenizer, rng)
+            more = 2 if self.episodes > 1 and rng.random() < self.recipe.wide else 1
+            picked = rng.choice(len(self.sources), self.episodes // more, p=shares / shares.sum())
+            episodes = [self.sources[i][0].episode(rng, self.recipe.views * more, self.size) for i in picked]
+            yield collate(episodes, self.tokenizer, rng, renaming=self.recipe.renaming)
 
 
 class Loop:
-    """Optimizer, running average, schedule and resumable state around `loss_of`."""
+    """Optimizer, running average, schedule and resumable state around `loss_of`.
+
+    On a CPU a step is split over threads, each with a batch of its own and a core to itself: small operators hardly gain from a
+    second core inside them. The gradients' mean makes the step.
+    """
 
     def __init__(self, model: KptLLM, recipe: Recipe, state_file: Path, device: torch.device, about: dict[str, Any] | None = None) -> None:
         """about: what the run trains, and on what; a state that was made for something else is not resumed."""
         self.model, self.recipe, self.state_file, self.device = model, recipe, state_file, device
         self.about = about or {}
+        self.parts = min(torch.get_num_threads(), MAX_PARTS, recipe.episodes) if device.type == "cpu" else 1
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         groups: list[dict[str, Any]] = []
         for name, parameter in self.named.items():
@@ -124,13 +140,23 @@ class Loop:
     def run(self, batches: Iterator[Batch], progress: Progress | None, should_stop: Callable[[], bool] | None,
             publish: Callable[[], Any] | None = None) -> bool:  # fmt: skip
         """Trains until the budget is used up (True) or somebody stops it (False). Raises KptError on a loss that is not finite."""
+        threads = torch.get_num_threads()
+        if self.parts > 1:
+            torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(self.parts) as pool, sdpa_kernel(_attention(self.device)):
+                return self._run(pool, batches, progress, should_stop, publish)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _run(self, pool: ThreadPoolExecutor, batches: Iterator[Batch], progress: Progress | None, should_stop: Callable[[], bool] | None,
+             publish: Callable[[], Any] | None) -> bool:  # fmt: skip
         saved = published = time.monotonic()
         recent: dict[str, float] = {}
         self.model.train()
         while self.used < 1:
             started = time.monotonic()
-            batch = {k: v.to(self.device, non_blocking=True) for k, v in next(batches).items()}
-            scores = self._step(batch)
+            scores = self._step(pool, [next(batches) for _ in range(self.parts)])
             self.spent += time.monotonic() - started
             recent = {k: v if k not in recent else recent[k] + 0.05 * (v - recent[k]) for k, v in scores.items()}
             if self.step % 50 == 0:
@@ -145,6 +171,7 @@ class Loop:
                 saved = time.monotonic()
             if publish is not None and time.monotonic() - published > PUBLISH_EVERY:
                 publish()
+                self.model.train()
                 published = time.monotonic()
             if should_stop is not None and should_stop():
                 self.save()
@@ -152,18 +179,16 @@ class Loop:
         self.save()
         return True
 
-    def _step(self, batch: Batch) -> dict[str, float]:
+    def _step(self, pool: ThreadPoolExecutor, batches: list[Batch]) -> dict[str, float]:
         warm = min((self.step + 1) / self.recipe.warmup, 1.0)
         rate = self.recipe.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.used)))
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
-            loss, scores = loss_of(self.model, batch, self.recipe.naming)
-        if not torch.isfinite(loss.detach()):
-            raise KptError(f"The loss became {float(loss.detach())} at step {self.step}; the run stops and the last good version stays. "
-                           "Lower the rate or look at the data.")  # fmt: skip
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        results = list(pool.map(self._gradients, batches))
+        scores = {k: sum(s[k] for _, s in results) / len(results) for k in results[0][1]}
+        for parameter, *parts in zip(self.named.values(), *(g for g, _ in results), strict=True):
+            found = [p for p in parts if p is not None]
+            parameter.grad = torch.stack(found).sum(0) / len(parts) if found else None
         nn.utils.clip_grad_norm_(list(self.named.values()), 1.0)
         self.optimizer.step()
         self.step += 1
@@ -171,7 +196,17 @@ class Loop:
         with torch.no_grad():
             for name, parameter in self.named.items():
                 self.average[name].lerp_(parameter, 1 - keep)
-        return {"loss": float(loss.detach()), **scores}
+        return scores
+
+    def _gradients(self, batch: Batch) -> tuple[Sequence[Tensor | None], dict[str, float]]:
+        """Of one part of a step. `autograd.grad`, since threads must not add to the same `.grad`."""
+        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
+            loss, scores = loss_of(self.model, batch, max(self.recipe.naming // self.parts, 1))
+        if not torch.isfinite(loss.detach()):
+            raise KptError(f"The loss became {float(loss.detach())} at step {self.step}; the run stops and the last good version stays. "
+                           "Lower the rate or look at the data.")  # fmt: skip
+        return torch.autograd.grad(loss, list(self.named.values()), allow_unused=True), {"loss": float(loss.detach()), **scores}
 
     def save(self) -> None:
         """Writes the state, whole or not at all."""
@@ -211,22 +246,27 @@ class Loop:
 
 def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe, resume: bool = False,
              rendered: float = 0.45, self_pairs: float = 0.25, progress: Progress | None = None,
-             should_stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:  # fmt: skip
-    """Trains a preset from nothing on labelled folders and rendered categories; writes a checkpoint to `out` and returns its
-    metrics, or None if it was stopped (then --resume goes on). Without `data` it trains on renderings alone."""
+             should_stop: Callable[[], bool] | None = None, start: Path | None = None,
+             watch: Sequence[Path] = ()) -> dict[str, Any] | None:  # fmt: skip
+    """Trains a preset on labelled folders and rendered categories, from nothing or from the weights of `start` (a checkpoint
+    of the same sizes); writes a checkpoint to `out` and returns its metrics, or None if it was stopped (then --resume goes
+    on). Without `data` it trains on renderings alone.
+
+    Groups that `held_out` names are left out. watch: folders of categories that are not trained on; their PCK is noted
+    along the way, and the checkpoint that is published is the one that was best there.
+    """
     config = ModelConfig.load(model_folder(model))
-    samples = [s for folder in data for s in load_coco(folder).samples]
+    samples = [s for folder in data for s in load_coco(folder).samples if not held_out(s.group)]
     state = _state_file(out)
-    tokenizer_folder = model_folder(model)
-    if (tokenizer_folder / "tokenizer.json").is_file():
-        tokenizer = store.load_tokenizer(tokenizer_folder)
-    else:
-        tokenizer = train_tokenizer(_names(samples), 1024 if config.name != "tiny" else 512)
+    tokenizer = train_tokenizer(_texts(samples), 1024 if config.name == "tiny" else 4096)
     torch.manual_seed(recipe.seed)
     device = best_device()
     built = KptLLM(config, len(tokenizer)).to(device)
     nn.init.constant_(built.decoder.head.gate, GATE)
-    about = {"model": config.name, "adapter": False, "data": data_hash(data)}
+    before = store.load_checkpoint(start) if start is not None else None
+    if before is not None:
+        take_over(built, tokenizer, before)
+    about = {"model": config.name, "adapter": False, "data": data_hash(data), "start": before.base if before else None, "words": len(tokenizer)}
     loop = Loop(built, recipe, state, device, about)
     resumed = loop.resume() if resume else False
     images, shape = Images(), Augmentation()
@@ -234,12 +274,23 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
                                            (SelfPairs(samples, shape, recipe.max_points, images), self_pairs)]  # fmt: skip
     if samples:
         sources.append((Labelled(samples, shape, recipe.max_points, images), 1 - rendered - self_pairs))
-    batches = _stream(sources, tokenizer, recipe, config.image_size, loop.step)
+    batches = _stream(sources, tokenizer, recipe, config.image_size, loop.step, loop.parts)
+    watched = Watch(watch, tokenizer, config.image_size, device) if watch else None
+    best = max((c["watch"] for c in loop.curve if "watch" in c), default=-1.0)
 
     def publish() -> dict[str, Any]:
+        nonlocal best
+        if watched is not None:
+            score = watched.score(built, loop.average)
+            loop.curve.append({"step": loop.step, "seconds": round(loop.spent, 1), "watch": round(score, 4)})
+            if score < best and (out / "metrics.json").is_file():
+                return dict(json.loads((out / "metrics.json").read_text()))
+            best = max(best, score)
         metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "finished": loop.used >= 1, "recipe": asdict(recipe),
+                   "start": before.base if before else None,
                    "data": [f.name for f in data], "images": len({s.image_path for s in samples}), "curve": loop.curve}  # fmt: skip
         store.save_checkpoint(out, built, tokenizer, metrics, {**built.state_dict(), **loop.average})
+        draw_curve(loop.curve, out / "curve.png")
         return metrics
 
     return publish() if loop.run(batches, progress, should_stop, publish) else None
@@ -273,7 +324,7 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     resumed = loop.resume() if resume else False
     shape = Augmentation(upright=0.7, anyway=0.05, loose=0.35, colour=0.7)
     sources: list[tuple[Source, float]] = [(Labelled(samples, shape, recipe.max_points), 1.0)]
-    batches = _stream(sources, found.tokenizer, recipe, model.config.image_size, loop.step)
+    batches = _stream(sources, found.tokenizer, recipe, model.config.image_size, loop.step, loop.parts)
     if not loop.run(batches, progress, should_stop):
         raise InvalidInput(f"The round was stopped at step {loop.step}. Its state is kept; resume to go on.")
     model.eval()
@@ -284,6 +335,28 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     store.save_adapter(out, model, info, metrics, weights)
     shutil.rmtree(loop.state_file.parent, ignore_errors=True)
     return metrics
+
+
+def take_over(model: KptLLM, tokenizer: Any, before: store.Checkpoint) -> None:
+    """Gives a new model the weights of an earlier one. A word piece that is new begins as the mean of its old pieces.
+
+    ArtifactError if a part has another size.
+    """
+    old, new = before.model.state_dict(), model.state_dict()
+    for name, value in old.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            known = before.tokenizer.get_vocab()
+            rows = []
+            for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):
+                text = tokenizer.convert_tokens_to_string([token])
+                pieces = [known[token]] if token in known else before.tokenizer(text, add_special_tokens=False)["input_ids"]
+                rows.append(value[pieces].mean(0))
+            new[name].copy_(torch.stack(rows))
+        elif name not in new or new[name].shape != value.shape:
+            raise ArtifactError(f"{before.base} has a part {name} of size {tuple(value.shape)}; the model to train has none like it. "
+                                "Start from a checkpoint of the same preset, or from nothing.")  # fmt: skip
+        else:
+            new[name].copy_(value)
 
 
 def data_hash(folders: Sequence[Path]) -> str:
@@ -305,8 +378,13 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" or bool(torch.cpu._is_amx_tile_supported())
 
 
-def _stream(sources: Sequence[tuple[Source, float]], tokenizer: Any, recipe: Recipe, size: int, start: int) -> Iterator[Batch]:
-    stream = Batches(sources, tokenizer, recipe, size, start)
+def _attention(device: torch.device) -> list[SDPBackend]:
+    """On CPUs the plain formula is faster to differentiate than the fused one, at our lengths."""
+    return [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def _stream(sources: Sequence[tuple[Source, float]], tokenizer: Any, recipe: Recipe, size: int, start: int, parts: int = 1) -> Iterator[Batch]:
+    stream = Batches(sources, tokenizer, recipe, size, start, parts)
     ahead = 4 if recipe.workers else None
     return iter(DataLoader(stream, batch_size=None, num_workers=recipe.workers, prefetch_factor=ahead, worker_init_fn=_leave_signals))
 
@@ -317,14 +395,14 @@ def _leave_signals(_: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-def _names(samples: Sequence[Sample]) -> list[str]:
-    """What the tokenizer learns words from: names of the data and of rendered categories."""
+def _texts(samples: Sequence[Sample]) -> list[str]:
+    """What the tokenizer learns words from: the lexicon, names of the data and of rendered categories."""
     from kptllm_core.synthetic import Category
 
     rng = np.random.default_rng(0)
     names = [n for s in {s.schema for s in samples} for n in s.names]
     names += [n for _ in range(600) for n in Category.sample(rng).schema.names]
-    return [plain_words(n) for n in names]
+    return [*lexicon().texts(), *(plain_words(n) for n in names)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -333,6 +411,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="folder with annotations.json and images/; may be repeated")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the checkpoint or adapter goes")
     parser.add_argument("--lora", action="store_true", help="train an adapter on the model's weights, from a few labelled images")
+    parser.add_argument("--start", type=Path, metavar="DIR", help="begin with this checkpoint's weights, instead of from nothing")
+    parser.add_argument("--watch", action="append", type=Path, default=[], metavar="DIR",
+                        help="folder that is not trained on: the checkpoint that is best there is the one published; may be repeated")  # fmt: skip
+    parser.add_argument("--rate", type=float, help="peak learning rate")
     parser.add_argument("--parent", type=Path, metavar="DIR", help="with --lora: the adapter to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the state that an earlier run left")
     parser.add_argument("--seconds", type=float, help="budget of training time (default: 3600, with --lora 150)")
@@ -347,7 +429,7 @@ def run(args: argparse.Namespace) -> int:
     stopped: list[int] = []
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda number, _: stopped.append(number))
-    for flag in ("seconds", "steps", "episodes"):
+    for flag in ("seconds", "steps", "episodes", "rate"):
         value = getattr(args, flag)
         if value is not None and value <= 0:
             raise InvalidInput(f"--{flag} {value} is not possible. Expected more than 0.")
@@ -363,7 +445,7 @@ def run(args: argparse.Namespace) -> int:
         bar.set_postfix(loss=now["loss"], pck=now["pck"], left=f"{now['eta_seconds']:.0f}s", refresh=False)
         bar.refresh() if bar.n % 10 == 0 or bar.n == bar.total else None
 
-    changes = {k: v for k, v in {"episodes": args.episodes, "workers": args.workers}.items() if v is not None}
+    changes = {k: v for k, v in {"episodes": args.episodes, "workers": args.workers, "rate": args.rate}.items() if v is not None}
     start = ADAPT if args.lora else PRETRAIN
     told = args.seconds is not None or args.steps is not None
     budget = (args.seconds, args.steps) if told else (start.seconds or 3600.0, None)
@@ -381,7 +463,8 @@ def run(args: argparse.Namespace) -> int:
                 raise
             metrics = None
     else:
-        metrics = pretrain(args.model, args.data, args.out, recipe, args.resume, progress=progress, should_stop=lambda: bool(stopped))
+        metrics = pretrain(args.model, args.data, args.out, recipe, args.resume, progress=progress, should_stop=lambda: bool(stopped),
+                           start=args.start, watch=args.watch)  # fmt: skip
     bar.close()
     if metrics is None:
         again = [a for a in sys.argv[1:] if a != "--resume"]

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from kptllm_core.checkpoint import load_checkpoint
-from kptllm_core.dataset import load_coco
+from kptllm_core.dataset import held_out, load_coco
 from kptllm_core.episodes import Augmentation, Labelled, Rendered, SelfPairs, make_episode, structured_points
-from kptllm_core.errors import DataError, InvalidInput, KptError
+from kptllm_core.errors import ArtifactError, DataError, InvalidInput, KptError
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
+from kptllm_core.language import train_tokenizer
+from kptllm_core.model import KptLLM
 from kptllm_core.objective import collate, heat_target, loss_of, words_loss
-from kptllm_core.train import ADAPT, PRETRAIN, Loop, Recipe, _stream, pretrain, train_adapter
+from kptllm_core.train import ADAPT, PRETRAIN, Loop, Recipe, _stream, pretrain, take_over, train_adapter
 
 QUICK = Recipe(**{**vars(PRETRAIN), "workers": 0, "episodes": 2, "max_points": 6, "warmup": 2, "naming": 2})
 STILL = Augmentation(upright=1.0, anyway=0.0, loose=0.0, colour=0.0, flip=0.0)
@@ -74,7 +76,7 @@ def test_all_sources_give_batches_that_a_loss_can_read(coco_folder: Path, tiny_m
     assert all(i // 3 == s // 3 and i != s for i, row in enumerate(batch["shots"].tolist()) for s in row)
     loss, parts = loss_of(loaded.model, batch, naming=2)
     assert torch.isfinite(loss)
-    assert set(parts) == {"heat", "refined", "position", "words", "visibility", "confidence", "naming", "pck"}
+    assert set(parts) == {"heat", "match", "refined", "position", "words", "visibility", "confidence", "naming", "pck"}
 
 
 def test_the_target_sums_to_one_around_its_point() -> None:
@@ -147,6 +149,39 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, coco_folder: Pat
     with pytest.raises(KptError, match="loss became"):
         train_adapter(tiny_model, [coco_folder], tmp_path / "a", steps=60, recipe=adapt(rate=1e30, warmup=1))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_run_can_begin_with_earlier_weights_and_watch_a_category(tmp_path: Path, coco_folder: Path, tiny_model: str) -> None:
+    start = load_checkpoint(tiny_model)
+    recipe = Recipe(**{**vars(QUICK), "steps": 1, "rate": 1e-9})
+    metrics = pretrain("tiny", [coco_folder], tmp_path / "out", recipe, start=Path(tiny_model), watch=[coco_folder])
+    assert metrics is not None and metrics["start"] == start.base
+    assert 0 <= metrics["curve"][-1]["watch"] <= 1
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 1000
+    after = load_checkpoint(tmp_path / "out").model.state_dict()
+    for name, value in start.model.state_dict().items():
+        if "embed_tokens" not in name and "lm_head" not in name:
+            torch.testing.assert_close(after[name], value, atol=2e-3, rtol=2e-3)
+
+
+def test_weights_of_another_size_are_not_taken_over(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="same preset"):
+        pretrain("tiny", [], tmp_path / "out", Recipe(**{**vars(QUICK), "steps": 1}), start=Path("nano"))
+
+
+def test_word_pieces_that_are_new_begin_as_their_old_pieces(tiny_model: str) -> None:
+    before = load_checkpoint(tiny_model)
+    words = train_tokenizer(["zygomatic arch", "nose"], 400)
+    new = KptLLM(before.model.config, len(words))
+    take_over(new, words, before)
+    old_rows, rows = (m.llm.get_input_embeddings().weight for m in (before.model, new))
+    assert torch.equal(rows[words.convert_tokens_to_ids("<keypoint>")], old_rows[before.tokenizer.convert_tokens_to_ids("<keypoint>")])
+    pieces = before.tokenizer(" zygomatic", add_special_tokens=False)["input_ids"]
+    torch.testing.assert_close(rows[words.convert_tokens_to_ids("Ġzygomatic")], old_rows[pieces].mean(0))
+
+
+def test_groups_that_are_held_out_are_a_tenth() -> None:
+    assert 0.07 < np.mean([held_out(f"group {i}") for i in range(2000)]) < 0.13
 
 
 def test_too_few_labels_are_refused(tmp_path: Path, tiny_model: str) -> None:
