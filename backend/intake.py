@@ -85,7 +85,7 @@ def annotation_row(project: str, body: dict[str, Any], task: int, config: LabelC
     labels = _labels(regions)
     ground_truth = body.get("ground_truth") is True
     meaning = json.dumps([result, bool(why_not), ground_truth], sort_keys=True)
-    lead_time, parent = body.get("lead_time"), body.get("parent_prediction")
+    lead_time = body.get("lead_time")
     by = body.get("completed_by")
     return Annotation(
         project=project,
@@ -102,7 +102,8 @@ def annotation_row(project: str, body: dict[str, Any], task: int, config: LabelC
         ground_truth=ground_truth,
         completed_by=str(by.get("id") if isinstance(by, dict) else by or "")[:200],
         lead_time=float(lead_time) if isinstance(lead_time, (int, float)) and abs(lead_time) < 1e12 else None,
-        parent_prediction=parent if isinstance(parent, int) and 0 <= parent < MAX_ID else None,
+        parent_prediction=_parent(body.get("parent_prediction")),
+        parent_annotation=_parent(body.get("parent_annotation")),
         deleted=False,
         current=True,
     )
@@ -143,6 +144,11 @@ def _labels(regions: list[dict[str, Any]]) -> dict[str, Any]:
             key = f"{region.get('from_name')}:{region.get('to_name')}"
             found.setdefault(key, Counter()).update(str(label) for label in labels)
     return {key: dict(count) for key, count in found.items()}
+
+
+def _parent(value: object) -> int | None:
+    """The id of what an annotation began as; Label Studio sends none for most, and nothing depends on it."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MAX_ID else None
 
 
 def _short(value: object) -> str:

@@ -99,6 +99,7 @@ class Annotation(Base):
     completed_by: Mapped[str] = mapped_column(Text, default="")
     lead_time: Mapped[float | None] = mapped_column(Float)
     parent_prediction: Mapped[int | None] = mapped_column(BigInteger)
+    parent_annotation: Mapped[int | None] = mapped_column(BigInteger)  # it began as a copy of that one
     deleted: Mapped[bool] = mapped_column(Boolean, default=False)  # a tombstone; it ends this annotation's history
     current: Mapped[bool] = mapped_column(Boolean, default=True)
     received_at: Mapped[float] = mapped_column(Float, default=time.time)
