@@ -29,7 +29,18 @@ from backend import split
 from backend.intake import names_of
 from backend.migrate import bring_up_to_date
 from backend.tables import Annotation, Base, Event, Fact, Project, Task, Version
-from backend.versions import advance, candidates_of, freeze, lock_project, recount, sizes_missing, unknown_project
+from backend.versions import (
+    advance,
+    candidates_of,
+    cannot_serve,
+    change_base,
+    freeze,
+    lock_project,
+    recount,
+    serve,
+    sizes_missing,
+    unknown_project,
+)
 from kptllm_core.errors import ArtifactError, Conflict, InvalidInput, NotFound, Unavailable
 from label_config.schema import LabelConfig, parse
 
@@ -129,7 +140,7 @@ class Journal:
             version = session.get(Version, row.active_version) if row.active_version else None
             if version is None or version.base != base:
                 reason = "first version" if version is None else f"the core now runs {base} instead of {version.base}"
-                return freeze(session, row, base, None, split.step_of(row.labelled), reason)
+                return change_base(session, row, base, reason)
             if changed:
                 keeps = split.adapter_fits(version.trained_names, row.names)
                 why = (
@@ -174,15 +185,11 @@ class Journal:
                 raise NotFound(
                     f"Project {project} has no version '{name}'. GET /projects/{project}/versions lists them."
                 )
-            base = session.get(Fact, "core")
-            if base is not None and base.value.get("base") not in (None, version.base):
-                raise Conflict(f"'{name}' was made for {version.base}, but the core runs {base.value['base']}.")
-            if not split.adapter_fits(version.trained_names, row.names):
-                raise Conflict(
-                    f"'{name}' was trained on other keypoint names than the label config has now; start a round instead."
-                )
+            problem = cannot_serve(session, row, version)
+            if problem:
+                raise Conflict(f"'{name}' {problem}.")
             version.promoted, version.reason = True, f"{version.reason} {reason}".strip()[-2000:]
-            row.active_version, row.move_to = version.id, version.name
+            serve(session, row, version, reason)
             return version
 
         return self.write(change)
@@ -198,14 +205,12 @@ class Journal:
             for other in session.scalars(select(Version).where(Version.project == project).order_by(Version.id)):
                 if other.adapter == version.adapter:
                     other.promoted, other.reason = False, f"{other.reason} Set aside: {why}".strip()[-2000:]
-                elif (
-                    other.promoted and other.base == version.base and split.adapter_fits(other.trained_names, row.names)
-                ):
+                elif other.promoted and other.base == version.base and not cannot_serve(session, row, other):
                     usable = other
             if usable is None:
                 freeze(session, row, version.base, None, row.step, f"{version.name} was set aside: {why}"[:2000])
             else:
-                row.active_version, row.move_to = usable.id, usable.name
+                serve(session, row, usable, f"{version.name} was set aside: {why}"[:2000])
 
         self.write(change)
 
@@ -304,7 +309,7 @@ class Journal:
         """Images (task, URL) whose size must be known before a support set that is due can be chosen."""
         with self.reading() as session:
             row = session.get_one(Project, project)
-            due = split.step_of(row.labelled) > row.step and row.label_config
+            due = split.step_of(row.labelled) > row.step and row.label_config and row.pinned is None
             return sizes_missing(session, project, parse(row.label_config)) if due else []
 
     def retry_support(self, project: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from backend.intake import annotation_row, id_of, project_of, task_row
 from backend.prediction import Json, Prediction, failed
 from backend.rounds import Rounds
+from backend.served import keep_served
 from backend.services import Services
 from backend.settings import Settings
 from backend.tables import Version
@@ -113,7 +114,10 @@ class KptLLMBackend(LabelStudioMLBase):
         for _ in range(3):  # the version may turn out to be unusable, or made for a base that the core no longer runs
             version = self.version
             try:
-                return Prediction(services, self.project_id, self.config, version, tasks, context, deadline).run()
+                prediction = Prediction(services, self.project_id, self.config, version, tasks, context, deadline)
+                results = prediction.run()
+                self._remember(version, prediction)
+                return results
             except ArtifactError as error:
                 if not self._replace(version, error):
                     return [failed(version.name, error) for _ in tasks]
@@ -171,6 +175,13 @@ class KptLLMBackend(LabelStudioMLBase):
             "new": new,
             **({"message": f"{incomplete} without content; they will be fetched"} if incomplete else {}),
         }
+
+    def _remember(self, version: Version, prediction: Prediction) -> None:
+        """What is served judges its version once a person has corrected it. An annotator does not wait for the journal's sake."""
+        try:
+            keep_served(self.connect()[0].journal, version, prediction.made)
+        except KptError as error:
+            log.warning("project %s: %d predictions are not remembered: %s", self.project_id, len(prediction.made), error.message)
 
     def _replace(self, version: Version, error: ArtifactError) -> bool:
         """The core refuses the version that serves: serve another one. False if there is none."""

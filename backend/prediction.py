@@ -18,6 +18,7 @@ import numpy as np
 from backend import split
 from backend.core_client import Query, image_hash
 from backend.intake import control_key
+from backend.served import control_row
 from backend.services import Services, is_passing
 from backend.tables import Task, Version
 from kptllm_core.errors import ArtifactError, InvalidInput, KptError, NotFound, Unavailable
@@ -82,6 +83,7 @@ class Prediction:
         self.bytes: dict[str, bytes] = {}  # of the present chunk, by hash
         self.support_places: dict[str, tuple[Task, str]] = {}  # hash → where to fetch it again
         self.lost: set[str] = set()  # support images that are not to be had now
+        self.made: dict[int, tuple[Json, float]] = {}  # task → what is remembered of its prediction (served.py), and its score
 
     def run(self) -> list[Json]:
         results: list[Json] = []
@@ -220,11 +222,16 @@ class Prediction:
     def _result(self, at: int, items: list[_Item]) -> Json:
         """A task's prediction; empty with the reason if nothing of it worked."""
         regions: list[Json] = []
+        kept: Json = {}
         for item in items:
             if item.objects:
                 objects = [self._with_clicks(item, points) for points in item.objects]
                 labels = [b.label for b in item.boxes] if len(item.boxes) == len(objects) else None
-                regions += to_regions(item.control, objects, *item.size, box_labels=labels)
+                drawn = to_regions(item.control, objects, *item.size, box_labels=labels)
+                kept[control_key(item.control)] = control_row(
+                    item.control, item.objects, [b.box for b in item.boxes], item.size, drawn
+                )
+                regions += drawn
         errors = [i.error for i in items if i.error is not None]
         for error in errors:
             task = self.tasks[at].get("id") if isinstance(self.tasks[at], dict) else None
@@ -233,6 +240,9 @@ class Prediction:
             return failed(self.version.name, errors[0])
         scores = [r["score"] for r in regions if r["type"] == "keypointlabels"]
         score = round(float(np.mean(scores)), 4) if scores else 0.0
+        number = self.tasks[at].get("id")
+        if kept and not errors and not self.drawn and isinstance(number, int) and not isinstance(number, bool):
+            self.made[number] = kept, score
         return {"result": regions, "score": score, "model_version": self.version.name}
 
     def _with_clicks(self, item: _Item, points: KeypointSet) -> KeypointSet:

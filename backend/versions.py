@@ -1,4 +1,4 @@
-"""Which version of a project exists and serves, inside a transaction of the journal.
+"""Which version of a project exists and serves, inside a transaction of the journal. `serve` is the only place that moves the pointer.
 
 The support set is frozen here, as a row of `versions`, and changes only when the number of labelled images reaches 1, 2, 5
 or 10, with a round, or when a changed label config no longer fits it.
@@ -6,6 +6,7 @@ or 10, with a round, or when a changed label config no longer fits it.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -13,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from backend import split
 from backend.intake import control_key, known_points
-from backend.tables import Annotation, Group, Project, Task, Version
+from backend.tables import Annotation, Comparison, Event, Fact, Group, Project, Task, Version
 from kptllm_core.errors import NotFound
 from label_config.annotations import read_result
 from label_config.schema import LabelConfig, parse
@@ -37,6 +38,41 @@ def lock_project(session: Session, project: str) -> Project:
     return row
 
 
+def serve(session: Session, row: Project, version: Version, why: str) -> None:
+    """Serve this version from now on. A pin of another one is released, and a comparison that it makes pointless ends."""
+    row.move_to = version.name
+    if row.active_version == version.id:
+        return
+    row.active_version = version.id
+    if row.pinned not in (None, version.id):
+        session.add(Event(project=row.id, action="UNPINNED", about={"why": why}))
+        row.pinned = None
+    running = (Comparison.project == row.id, Comparison.state == "running", Comparison.version != version.id)
+    session.execute(
+        update(Comparison)
+        .where(*running)
+        .values(state="ended", ended_at=time.time(), reason=f"Not decided: {version.name} serves now ({why}).")
+    )
+
+
+def cannot_serve(session: Session, row: Project, version: Version) -> str:
+    """Why a version cannot serve the project as it is now, as the rest of a sentence; empty if it can."""
+    core = session.get(Fact, "core")
+    base = core.value.get("base") if core is not None else None
+    if version.pruned:
+        return "had an adapter that was deleted to save space (KEEP_ADAPTERS); start a round instead"
+    if base not in (None, version.base):
+        return f"was made for {version.base}, but the core runs {base}"
+    if not split.adapter_fits(version.trained_names, row.names):
+        return "was trained on other keypoint names than the label config has now; start a round instead"
+    return ""
+
+
+def newest_annotation(session: Session) -> int:
+    """annotations.id of the newest saying, of whatever project; 0 before the first."""
+    return session.scalar(select(func.max(Annotation.id))) or 0
+
+
 def freeze_version(
     session: Session, project: str, like: Version, adapter: dict[str, Any] | None, support: list[Any], **figures: Any
 ) -> Version:
@@ -50,6 +86,7 @@ def freeze_version(
     name = split.version_name(base, number, support, row.names)
     version = session.scalar(select(Version).where(Version.project == project, Version.name == name))
     if version is None:
+        figures.setdefault("upto", newest_annotation(session))
         version = Version(project=project, name=name, base=base, round=number, support=support,
                           adapter=adapter["name"] if adapter else like.adapter,
                           trained_names=adapter["names"] if adapter else like.trained_names,
@@ -74,8 +111,29 @@ def freeze(session: Session, row: Project, base: str, adapter: Version | None, c
                    trained_names=adapter.trained_names if adapter else [], name=old.name if old else "")  # fmt: skip
     version = freeze_version(session, row.id, like, None, [entry for entry, _ in chosen], promoted=True, reason=reason)
     row.step = split.step_of(row.labelled)
-    row.active_version, row.move_to = version.id, version.name
+    serve(session, row, version, reason)
     return version
+
+
+def change_base(session: Session, row: Project, base: str, reason: str) -> Version:
+    """Serve the project on another base: the newest version that it had there, else its examples alone.
+
+    A project that was trained before is then due for a round, in which all its corrections teach the new base.
+    """
+    trained = list(
+        session.scalars(
+            select(Version)
+            .where(Version.project == row.id, Version.adapter.is_not(None))
+            .order_by(Version.id.desc())
+        )
+    )
+    for version in trained:
+        if version.base == base and version.promoted and not cannot_serve(session, row, version):
+            serve(session, row, version, reason)
+            row.retrain = None
+            return version
+    row.retrain = base if trained else None
+    return freeze(session, row, base, None, split.step_of(row.labelled), reason)
 
 
 def decide_uses(
@@ -126,6 +184,8 @@ def advance(session: Session, row: Project, config: LabelConfig | None) -> None:
     if step <= row.step or version is None or not row.label_config:
         row.step = min(step, row.step)  # fewer than before: the step will be reached again
         return
+    if row.pinned is not None:
+        return  # chosen anew once the pin is gone
     if sizes_missing(session, row.id, config or parse(row.label_config)):
         return  # the keeper fetches the images, then comes back here
     freeze(session, row, version.base, version, step, f"{row.labelled} labelled images")
