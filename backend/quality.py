@@ -1,0 +1,319 @@
+"""Which human labels look wrong: exchanged points, wrong names, points far off, points left out. Pure functions, no image is read.
+
+    subjects (what people labelled, what the model predicts) ──> `find` ──> findings, the surest first
+
+Each finding names the points, says why, and carries a confidence that was fitted to the project itself (evidence.py). Objects
+are judged one after the other, each by what the *other* images of the project say: first pairs of left and right, which may
+be wrong together, then any two names, then single points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from backend.evidence import (
+    START,
+    Pair,
+    Subject,
+    Weights,
+    Witnesses,
+    distance_cost,
+    exchange_evidence,
+    logistic,
+    scale_of,
+    weigh,
+)
+from backend.layout import Layout, renamed
+from backend.pairs import PairModel, Verdict
+from kptllm_core.keypoints import KeypointSchema, Visibility
+
+LEAST = 0.5  # confidence below which nothing is reported
+PASSES = 2  # the second one learns from labels that the first one has put right
+SWAPS = 0.02  # share of pairs expected to be exchanged
+WHOLE = 0.005  # share of objects expected to have all left and right points exchanged
+RARE = 0.002  # share of points expected to be exchanged with one that is not their mirror image, or called by its name
+FAR = 0.005  # share of points expected to be far off
+OFTEN = 0.8  # a point that fewer objects have is not missed
+SWAPPED, MISNAMED, FAR_OFF, MISSING = "swapped", "misnamed", "far_off", "missing"
+KINDS = (SWAPPED, MISNAMED, FAR_OFF, MISSING)
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """One suspicion. `suggested`: name → (x, y) in pixels where the points would rather be."""
+
+    subject: Subject
+    kind: str
+    points: tuple[str, ...]
+    confidence: float
+    reason: str
+    suggested: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """With everything that a picture of it needs."""
+        labelled = self.subject.labelled
+        box = labelled.object_box()
+        return {
+            "task": self.subject.task,
+            "annotation": self.subject.annotation,
+            "object": self.subject.number,
+            "kind": self.kind,
+            "points": list(self.points),
+            "confidence": round(self.confidence, 3),
+            "reason": self.reason,
+            "picture": {
+                "labelled": {
+                    n: _place(p) for n, p, s in zip(labelled.names, labelled.xy, labelled.placed, strict=True) if s
+                },
+                "suggested": {n: _place(p) for n, p in self.suggested.items()},
+                "box": None if box is None else [round(float(v), 1) for v in box],
+                "size": list(self.subject.image) if self.subject.image else None,
+            },
+        }
+
+
+def find(
+    subjects: Sequence[Subject], schema: KeypointSchema, absent_is_said: bool = False, least: float = LEAST
+) -> list[Finding]:
+    """Everything suspicious, the surest first. absent_is_said: a point that was not placed is said to be absent."""
+    if not subjects:
+        return []
+    return _Search(subjects, schema).run(absent_is_said, least)
+
+
+class _Search:
+    """z and cost are put right as exchanges are found, so that what follows is not misled by them."""
+
+    def __init__(self, subjects: Sequence[Subject], schema: KeypointSchema) -> None:
+        self.subjects, self.schema = subjects, schema
+        self.seen = Witnesses.of(subjects, schema)
+        self.z, self.cost = self.seen.z.copy(), self.seen.cost.copy()
+        self.names = np.tile(np.arange(len(schema)), (len(subjects), 1))  # [n, k]: which labelled point is taken for k
+        self.covariances = self.seen.covariances(self.z)
+
+    def run(self, absent_is_said: bool, least: float) -> list[Finding]:
+        found = self._swapped() + self._exchanged() + self._renamed() + self._far_off()
+        found += [] if absent_is_said else self._missing()
+        return sorted((f for f in found if f.confidence >= least), key=lambda f: -f.confidence)
+
+    def layout(self, n: int) -> Layout | None:
+        cov = self.covariances.get(int(self.seen.fold[n]))
+        return None if cov is None else Layout.of(self.z[n], self.seen.placed[n], cov)
+
+    def exchange(self, n: int, i: int, j: int) -> None:
+        for values in (self.z[n], self.names[n]):
+            values[[i, j]] = values[[j, i]]
+        self.cost[n][[i, j]] = self.cost[n][[j, i]]
+
+    # ------------------------------------------------------------ left and right
+
+    def _swapped(self) -> list[Finding]:
+        models = {n: m for n in range(len(self.subjects)) if (m := self._pairs(n))}
+        weights, whole = Weights(START, SWAPS), Weights(START / 2, WHOLE)
+        verdicts: list[Verdict] = []
+        for _ in range(PASSES if models else 0):
+            verdicts = [m.judge(n, weights, whole) for n, m in models.items()]
+            weights = weigh(np.concatenate([v.evidence for v in verdicts]), SWAPS, 1 / SWAPS)
+            whole = weigh(np.stack([v.whole for v in verdicts]), WHOLE, 1 / WHOLE)
+            self._put_right(verdicts)
+            models = {n: self._pairs(n) or m for n, m in models.items()}
+        verdicts = [m.judge(n, weights, whole) for n, m in models.items()]
+        self._put_right(verdicts)
+        return [f for v in verdicts for f in self._of_verdict(v)]
+
+    def _pairs(self, n: int) -> PairModel | None:
+        """The pairs of one object as they were labelled, seen by what the others teach now."""
+        placed, cov = self.seen.placed[n], self.covariances.get(int(self.seen.fold[n]))
+        pairs = [(a, b) for a, b in self.schema.symmetric if placed[a] and placed[b]]
+        layout = None if cov is None else Layout.of(self.seen.z[n], placed, cov)
+        return PairModel(layout, self.seen.cost[n], pairs) if pairs else None
+
+    def _put_right(self, verdicts: Sequence[Verdict]) -> None:
+        self.z, self.cost = self.seen.z.copy(), self.seen.cost.copy()
+        self.names[:] = np.arange(len(self.schema))
+        for verdict in verdicts:
+            if verdict.anything >= 0.5:
+                for pair, wrong in zip(verdict.pairs, verdict.likeliest, strict=True):
+                    if wrong:
+                        self.exchange(verdict.subject, *pair)
+        self.covariances = self.seen.covariances(self.z)
+
+    def _of_verdict(self, verdict: Verdict) -> list[Finding]:
+        subject, names = self.subjects[verdict.subject], self.schema.names
+        if verdict.all_at_once >= 0.5:
+            points = tuple(names[i] for pair in verdict.pairs for i in pair)
+            reason = (
+                f"The left and right points seem to be exchanged as a whole: {_witnesses(verdict.whole)} the other way round. "
+                "Is the object seen from the other side?"
+            )
+            return [
+                Finding(subject, SWAPPED, points, verdict.all_at_once, reason, self._turned(subject, verdict.pairs))
+            ]
+        each = verdict.each
+        found = []
+        for k in np.flatnonzero(each >= 0.5):
+            a, b = (names[i] for i in verdict.pairs[k])
+            reason = f"'{a}' and '{b}' seem to be exchanged: {_witnesses(verdict.evidence[k])} the other way round."
+            places = self._turned(subject, [verdict.pairs[k]])
+            found.append(Finding(subject, SWAPPED, (a, b), float(each[k]), reason, places))
+        if not found and verdict.anything >= LEAST:
+            shared = [k for k in np.argsort(-each) if each[k] >= 0.3 * each.max()]
+            points = tuple(names[i] for k in shared for i in verdict.pairs[k])
+            either = " or ".join(f"'{names[a]}' and '{names[b]}'" for a, b in (verdict.pairs[k] for k in shared))
+            reason = f"Either {either} seem to be exchanged: one of these pairs does not fit the others."
+            places = self._turned(subject, [verdict.pairs[shared[0]]])
+            found.append(Finding(subject, SWAPPED, points, verdict.anything - verdict.all_at_once, reason, places))
+        return found
+
+    def _turned(self, subject: Subject, pairs: Sequence[Pair]) -> dict[str, tuple[float, float]]:
+        names, xy = self.schema.names, subject.labelled.xy
+        return {names[i]: _pair(xy[j]) for a, b in pairs for i, j in ((a, b), (b, a))}
+
+    # ------------------------------------------------------------ other names
+
+    def _exchanged(self) -> list[Finding]:
+        """Two points that are no mirror images of each other, with each other's names."""
+        mirror = self.schema.mirror()
+        odd_ones = [(i, j) for i in range(len(mirror)) for j in range(i) if mirror[i] != j]
+        if not odd_ones:
+            return []
+        rows, columns = (np.array(side) for side in zip(*odd_ones, strict=True))
+        both = self.seen.placed[:, rows] & self.seen.placed[:, columns]
+        evidence = np.stack(
+            [exchange_evidence(self.layout(n), self.cost[n], rows, columns) for n in range(len(self.subjects))]
+        )
+        known = evidence[both]
+        sample = known[np.linspace(0, len(known) - 1, min(len(known), 5000)).astype(int)] if len(known) else known
+        weights = Weights(weigh(sample, 0.001, 1000.0).worth, RARE / len(self.schema))
+        found = []
+        for n, subject in enumerate(self.subjects):
+            odds = np.where(both[n], weights.odds(evidence[n]), -np.inf)
+            k = int(odds.argmax())
+            if odds[k] > 0:
+                i, j = int(rows[k]), int(columns[k])
+                a, b = self.schema.names[i], self.schema.names[j]
+                reason = f"'{a}' and '{b}' seem to be exchanged: {_witnesses(evidence[n, k])} the other way round."
+                places = {a: _pair(self._xy(n, j)), b: _pair(self._xy(n, i))}
+                found.append(Finding(subject, MISNAMED, (a, b), float(logistic(odds[k])), reason, places))
+                self.exchange(n, i, j)
+        return found
+
+    def _renamed(self) -> list[Finding]:
+        """A point under the name of one that nobody placed on this object."""
+        evidence, where = [], []
+        for n in range(len(self.subjects)):
+            layout, missing = self.layout(n), np.flatnonzero(~self.seen.placed[n])
+            if layout is None or not len(missing):
+                continue
+            by_layout = renamed(layout, self.covariances[int(self.seen.fold[n])], missing)
+            own = self.cost[n].diagonal()[layout.index]
+            by_model = (own[:, None] - self.cost[n][np.ix_(layout.index, missing)]) * (own > 0)[:, None]
+            evidence.append(np.stack([by_layout, by_model], -1).reshape(-1, 2))
+            where += [(n, int(i), int(j)) for i in layout.index for j in missing]
+        if not where:
+            return []
+        told = np.concatenate(evidence)
+        weights = Weights(weigh(told[:: max(len(told) // 5000, 1)], 0.001, 1000.0).worth, RARE / len(self.schema))
+        odds = weights.odds(told)
+        mirror, best = self.schema.mirror(), dict[int, int]()
+        for k, (n, i, j) in enumerate(where):
+            odds[k] += np.log(10.0) if mirror[i] == j else 0.0  # the usual mistake
+            if odds[k] > max(odds[best[n]] if n in best else 0.0, 0.0):
+                best[n] = k
+        found = []
+        for n, k in best.items():
+            i, j = where[k][1:]
+            a, b = self.schema.names[i], self.schema.names[j]
+            reason = f"'{a}' seems to be '{b}': {_witnesses(told[k])} under that name."
+            kind = SWAPPED if mirror[i] == j else MISNAMED
+            place = {b: _pair(self._xy(n, i))}
+            found.append(Finding(self.subjects[n], kind, (a, b), float(logistic(odds[k])), reason, place))
+        return found
+
+    # ------------------------------------------------------------ single points
+
+    def _far_off(self) -> list[Finding]:
+        """Points that lie elsewhere than both witnesses expect, the worst of an object first."""
+        count = len(self.schema)
+        gaps = np.full((len(self.subjects), count), np.nan)
+        steps = np.zeros((len(self.subjects), count, 2))
+        for n in range(len(self.subjects)):
+            layout = self.layout(n)
+            if layout is not None:
+                residual = layout.residuals() * self.seen.unit[n]
+                gaps[n, layout.index] = np.abs(residual)
+                steps[n, layout.index] = np.stack([residual.real, residual.imag], -1) * self.subjects[n].size
+        by_layout = _elsewhere(gaps)
+        model = np.where(self.names == np.arange(count), self.seen.gap, np.nan)
+        by_model = _elsewhere(model) * self.seen.trust
+        odds = 0.7 * by_layout + 0.7 * by_model + np.log(FAR)
+        found = []
+        for n, subject in enumerate(self.subjects):
+            k = int(odds[n].argmax())
+            if odds[n, k] > 0 and self.names[n, k] == k:
+                name = self.schema.names[k]
+                predicted = subject.predicted
+                sure = predicted is not None and predicted.placed[k] and by_model[n, k] > by_layout[n, k]
+                to = predicted.xy[k] if sure and predicted is not None else subject.labelled.xy[k] - steps[n, k]
+                far = float(np.nanmax([gaps[n, k], model[n, k] if sure else 0.0]))
+                told = _witnesses(np.array([by_layout[n, k], by_model[n, k]]))
+                reason = f"'{name}' lies {far:.0%} of the object's size from where it is expected: {told} elsewhere."
+                found.append(Finding(subject, FAR_OFF, (name,), float(logistic(odds[n, k])), reason, {name: _pair(to)}))
+        return found
+
+    def _missing(self) -> list[Finding]:
+        """Points that people placed on most other objects, and that the model sees here."""
+        share = self.seen.placed.mean(0)
+        found = []
+        for n, subject in enumerate(self.subjects):
+            told = subject.predicted
+            for k in np.flatnonzero(~self.seen.placed[n] & (share >= OFTEN)):
+                if told is None or told.visibility[k] != Visibility.VISIBLE:
+                    continue
+                odds = _logit(share[k], 0.98) + _logit(float(told.score[k]), 0.95)
+                if odds > 0:
+                    name = self.schema.names[k]
+                    reason = f"'{name}' is on {share[k]:.0%} of the labelled objects, and the model sees it here, but it was not placed."
+                    found.append(
+                        Finding(subject, MISSING, (name,), float(logistic(odds)), reason, {name: _pair(told.xy[k])})
+                    )
+        return found
+
+    def _xy(self, n: int, k: int) -> np.ndarray:
+        """(2,) where the point now taken for k was labelled."""
+        place: np.ndarray = self.subjects[n].labelled.xy[self.names[n, k]]
+        return place
+
+
+def _elsewhere(gap: np.ndarray) -> np.ndarray:
+    """(N, K) distances in shares of the object's size → log-likelihood ratio of `anywhere on the object` against `as usual`."""
+    scale = scale_of(gap)
+    usual = -np.log(2 * np.pi * scale**2) - distance_cost(gap, scale)
+    return np.where(np.isfinite(gap), np.clip(-np.log(np.pi) - usual, -2.0, 8.0), 0.0)
+
+
+def _witnesses(evidence: np.ndarray) -> str:
+    """Who says so, as the first half of a sentence that ends in `the other way round`, `elsewhere`, …"""
+    layout, model = (value > 0.5 for value in evidence)
+    if layout and model:
+        return "the other labelled images and the model have them"
+    if layout:
+        return "the other labelled images have them"
+    return "the model has them" if model else "they fit better"
+
+
+def _logit(share: float, most: float) -> float:
+    share = min(max(float(share), 1 - most), most)
+    return float(np.log(share / (1 - share)))
+
+
+def _pair(xy: np.ndarray) -> tuple[float, float]:
+    return float(xy[0]), float(xy[1])
+
+
+def _place(xy: Sequence[float] | np.ndarray) -> list[float]:
+    return [round(float(xy[0]), 1), round(float(xy[1]), 1)]
