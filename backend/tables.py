@@ -4,6 +4,7 @@
        │ └─< groups        what a group of images is used for: training or judging; decided once
        ├─< versions        every model_version that was ever served or refused, with its figures
        ├─< predictions     what a version predicted for a task: shown to a person, or made in the shadow
+       ├─< looks           a perceptual hash of each task's image, so that near-duplicates are told
        ├─< comparisons     a promoted version against the one before it, on the same next images
        ├─< jobs            rounds: asked for, running, finished
        └─< events          what arrived, in order
@@ -148,16 +149,28 @@ class Predicted(Base):
     known: Mapped[int] = mapped_column(BigInteger, default=0)  # annotations.id, the newest when it was made
     # control → {"size": [w, h], "boxes": [[x, y, w, h]…] handed to the model, "objects": [keypoint set as JSON…], "drawn":
     # [{name: region id}…] per object}, in pixels (served.control_row). None: asked for, not made yet
-    controls: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    controls: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     score: Mapped[float] = mapped_column(Float, default=0.0)  # as Label Studio is told
     error: Mapped[str] = mapped_column(Text, default="")  # why it could not be made
     judged: Mapped[int | None] = mapped_column(BigInteger)  # annotations.id that `figures` are measured against
-    figures: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # see prequential.measure
+    figures: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))  # see prequential.measure
     made_at: Mapped[float] = mapped_column(Float, default=time.time)
     __table_args__ = (
         UniqueConstraint("project", "task", "version", name="one_prediction"),
         Index("predictions_of_version", "project", "version"),
     )
+
+
+class Look(Base):
+    """What a task's image looks like (lookalikes.py): of unlabelled tasks, too, so that near-duplicates are told."""
+
+    __tablename__ = "looks"
+    id: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
+    project: Mapped[str] = mapped_column(String(64))
+    task: Mapped[int] = mapped_column(BigInteger)
+    look: Mapped[str] = mapped_column(String(64))  # 256 bits in hex
+    # Ids are never given out twice, so that whoever has read up to one finds all that is new.
+    __table_args__ = (UniqueConstraint("project", "task", name="one_look"), {"sqlite_autoincrement": True})
 
 
 class Comparison(Base):
