@@ -7,6 +7,7 @@ import os
 import sys
 
 from backend import connect as connecting
+from backend import prelabel_command as prelabelling
 from backend.settings import Settings
 from kptllm_core.errors import KptError
 
@@ -21,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     connect = commands.add_parser("connect", help="attach a project of an existing Label Studio, each step checked")
     connecting.add_arguments(connect)
+    prelabel = commands.add_parser("prelabel", help="predictions for all unlabelled tasks of a project, without a time limit")
+    prelabelling.add_arguments(prelabel)
     commands.add_parser("demo", help="the whole tour on this machine: Label Studio, backend and core", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "demo":
@@ -32,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "connect":
             return connecting.run(options)
+        if options.command == "prelabel":
+            return prelabelling.run(options)
         from backend.supervisor import supervise
 
         return supervise(Settings.from_env(), os.environ)

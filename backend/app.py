@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from flask import Blueprint, Flask, Response, current_app, g, jsonify, render_template, request
 from werkzeug.exceptions import HTTPException
 
+from backend import prelabel
 from backend.connect import SECRET_HEADER
 from backend.intake import project_of
 from backend.keeper import Keeper
@@ -101,11 +102,17 @@ def predict(project: str | None = None) -> Response:
     places: threading.BoundedSemaphore = current_app.extensions["places"]
     if not places.acquire(blocking=False):
         busy = Unavailable("All places for predictions are taken at the moment; ask again in a minute.")
-        return jsonify(results=[failed(backend.model_version, busy) for _ in tasks])
+        results = [failed(backend.model_version, busy) for _ in tasks]
+        if not isinstance(context, dict):
+            _repeat_later(number, tasks, results)
+        return jsonify(results=results)
     try:
-        return jsonify(results=backend.predict(tasks, context if isinstance(context, dict) else None))
+        results = backend.predict(tasks, context if isinstance(context, dict) else None)
     finally:
         places.release()
+    if not isinstance(context, dict):
+        _repeat_later(number, tasks, results)
+    return jsonify(results=results)
 
 
 @wire.post("/webhook")
@@ -179,7 +186,32 @@ def activate(version: str, project: str | None = None) -> Response:
 
 @wire.post("/jobs/<job>/cancel")
 def cancel(job: str, project: str | None = None) -> Response:
+    if project is not None and _rounds().get(job).project != project_of(project):
+        raise NotFound(f"Project {project_of(project)} has no job '{job}'.")
     return jsonify(job_state(_rounds().cancel(job)))
+
+
+@wire.get("/prelabel")
+def prelabel_status(project: str | None = None) -> Response:
+    """{"prelabel": the run asked for last, "again": what an outage left to do}, each None if there is none."""
+    return jsonify(prelabel.project_prelabels(_services(), _project(project, dict(request.args))))
+
+
+@wire.post("/prelabel")
+def prelabel_start(project: str | None = None) -> tuple[Response, int]:
+    """Predict all unlabelled tasks in the background. `{"replace": true}`: older versions' predictions go."""
+    body = _body() if request.content_length else {}
+    replace = body.get("replace", False)
+    if not isinstance(replace, bool):
+        raise InvalidInput(f"'replace' is {str(replace)[:40]!r}; expected true or false.")
+    run = prelabel.start(_services(), _project(project, body), replace, "asked for on the page")
+    return jsonify(prelabel.prelabel_state(_services(), run)), 202
+
+
+@wire.post("/prelabel/cancel")
+def prelabel_cancel(project: str | None = None) -> Response:
+    body = _body() if request.content_length else {}
+    return jsonify(prelabel.prelabel_state(_services(), prelabel.cancel(_services(), _project(project, body))))
 
 
 def page() -> str:
@@ -278,8 +310,25 @@ def strict_json(data: bytes) -> dict[str, Any]:
 
 
 def _project(project: str | None, body: dict[str, Any]) -> str:
-    """The project of the path, which wins, or of the body."""
-    return project_of(project if project is not None else body.get("project"))
+    """The project of the path, or of the body. InvalidInput where both name one and they differ: neither can be trusted then."""
+    named = body.get("project")
+    if project is None:
+        return project_of(named)
+    found = project_of(project)
+    if named is not None and project_of(named) != found:
+        raise InvalidInput(
+            f"The address is that of project {found}, but the body is about project {project_of(named)}. In Label Studio each "
+            f"project needs a model of its own: python -m backend connect --project {project_of(named)} adds it."
+        )
+    return found
+
+
+def _repeat_later(project: str, tasks: list[Any], results: list[dict[str, Any]]) -> None:
+    """Remember which tasks go away with an empty prediction now. Not being able to must not cost the others theirs."""
+    try:
+        prelabel.again(_services(), project, prelabel.to_repeat(tasks, results))
+    except KptError as error:
+        log.warning("project %s: empty predictions will stay as they are: %s", project, error.message)
 
 
 def _backend_of_webhook(project: str, about: Any) -> KptLLMBackend:

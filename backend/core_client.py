@@ -201,7 +201,7 @@ class CoreClient:
     def _send(self, method: str, path: str, deadline: float, **content: Any) -> requests.Response:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise Unavailable(f"The core at {self.url} did not answer {path} in time. It is busy; try again later.")
+            raise Unavailable(f"The core at {self.url} did not answer {path} in time. It is busy; try again later.", in_time=False)
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         try:
             answer = self._session().request(
@@ -214,7 +214,7 @@ class CoreClient:
             )
         except requests.Timeout:
             raise Unavailable(
-                f"The core at {self.url} did not answer {path} within {left:.0f} s: it hangs or is busy."
+                f"The core at {self.url} did not answer {path} within {left:.0f} s: it hangs or is busy.", in_time=False
             ) from None
         except requests.RequestException as error:
             kind = type(error).__name__

@@ -16,6 +16,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from backend.lease import BEAT_SECONDS, JournalLease
+from backend.prelabel_work import PrelabelWork
 from backend.rounds import Rounds
 from backend.services import Services, is_passing
 from backend.split import MADE_HERE
@@ -32,7 +33,7 @@ REPEAT_SECONDS = 600.0  # the same trouble is written into the log so often
 
 
 class Keeper:
-    """The two threads of one process: a heart that keeps the lease, and hands that work while it is held."""
+    """The threads of one process: a heart that keeps the lease; hands, and a post office, that work while it is held."""
 
     def __init__(self, services: Services, rounds: Rounds) -> None:
         self.services, self.rounds = services, rounds
@@ -40,7 +41,8 @@ class Keeper:
         self._holds = threading.Event()
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=t, name=f"keeper-{t.__name__}", daemon=True) for t in (self._heart, self._hands)
+            threading.Thread(target=t, name=f"keeper-{t.__name__}", daemon=True)
+            for t in (self._heart, self._hands, self._post_office)
         ]
         self._next_core = self._next_sweep = self._next_due_sweep = 0.0
         self._paused: dict[str, float] = {}  # what → monotonic time before which it is not tried again
@@ -73,6 +75,14 @@ class Keeper:
         while not self._stop.is_set():
             if self._holds.wait(timeout=1.0) and not self._stop.is_set():
                 self.tick()
+            self._stop.wait(TICK_SECONDS)
+
+    def _post_office(self) -> None:
+        """Posts predictions, which may take hours: beside the other work."""
+        work = PrelabelWork(self.services)
+        while not self._stop.is_set():
+            if self._holds.wait(timeout=1.0) and not self._stop.is_set():
+                self._try("posting predictions", partial(work.turn, self._stop))
             self._stop.wait(TICK_SECONDS)
 
     # ------------------------------------------------------------ the work

@@ -66,25 +66,30 @@ class LabelStudio(Transport):
         project: int,
         *,
         annotated: bool = False,
+        unlabelled: bool = False,
+        after: int = 0,
         updated_after: datetime | None = None,
         ids: Sequence[int] | None = None,
         page_size: int = 100,
     ) -> Iterator[Json]:
         """All tasks in the order of their ids, with annotations, predictions and drafts; data as it was imported.
 
-        annotated: only those with an annotation. updated_after: only those changed since (a deleted annotation counts
-        as a change of its task). Pages continue behind the last id seen, so tasks that are deleted meanwhile hide none.
+        annotated: only those with an annotation; unlabelled: only those without a submitted one. after: only ids above it.
+        updated_after: only those changed since (a deleted annotation counts as a change of its task).
+        Pages continue behind the last id seen, so tasks that are deleted meanwhile hide none.
         """
         wanted: list[Json] = []
         if annotated:
             wanted.append(_filter("total_annotations", "greater", "Number", 0))
+        if unlabelled:
+            wanted.append(_filter("total_annotations", "equal", "Number", 0))
         if updated_after is not None:
             stamp = updated_after.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # without .%f it answers 500
             wanted.append(_filter("updated_at", "greater", "Datetime", stamp))
         for group in (
             [None] if ids is None else [list(ids[at : at + page_size]) for at in range(0, len(ids), page_size)]
         ):
-            last = 0
+            last = after
             while True:
                 items = [*wanted, _filter("id", "greater", "Number", last)]
                 if group is not None:
@@ -136,6 +141,13 @@ class LabelStudio(Transport):
     def create_prediction(self, task: int, result: list[Json], *, score: float, model_version: str) -> Json:
         body = {"task": task, "result": result, "score": score, "model_version": model_version}
         return self._object("POST", "/api/predictions/", body=body)
+
+    def delete_prediction(self, prediction: int) -> None:
+        """Gone already is as good."""
+        try:
+            self._json("DELETE", f"/api/predictions/{prediction:d}/")
+        except NotFound:
+            return
 
     def retrieve_predictions(self, project: int, tasks: Sequence[int] | None = None) -> Json:
         """The Data Manager's *Retrieve Predictions*, for these tasks or for all. Answers when all are stored."""

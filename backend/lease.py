@@ -6,7 +6,9 @@ for LEASE_SECONDS may take it. So neither a clock that jumps nor a killed owner 
 
 from __future__ import annotations
 
+import logging
 import secrets
+import threading
 import time
 from collections.abc import Callable
 
@@ -14,7 +16,9 @@ from sqlalchemy.orm import Session
 
 from backend.services import Services
 from backend.tables import Lease
+from kptllm_core.errors import KptError
 
+log = logging.getLogger(__name__)
 LEASE_SECONDS = 10.0
 BEAT_SECONDS = 2.0  # how often an owner calls `hold`
 
@@ -58,3 +62,40 @@ class JournalLease:
                 session.delete(row)
 
         self.journal.write(give_back)
+
+
+class Heart:
+    """Keeps a lease that is held, in a thread of its own, for as long as the `with` block works. `lost`: another has it now."""
+
+    def __init__(self, lease: JournalLease, beat: float = BEAT_SECONDS) -> None:
+        self.lost = threading.Event()
+        self._lease, self._beat = lease, beat
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"heart-{lease.name}", daemon=True)
+
+    def __enter__(self) -> Heart:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self.lost.is_set():
+            try:
+                self._lease.release()
+            except KptError as error:
+                log.info("the lease %s was not given back: %s", self._lease.name, error.message)
+
+    def _run(self) -> None:
+        held_at = time.monotonic()
+        while not self._stop.wait(self._beat):
+            try:
+                held = self._lease.hold()
+            except KptError as error:
+                log.warning("the lease %s: %s", self._lease.name, error.message)
+                held = time.monotonic() - held_at < self._lease.seconds  # so long nobody else may take it
+            else:
+                held_at = time.monotonic()
+            if not held:
+                self.lost.set()
+                return

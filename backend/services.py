@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from backend.core_client import CoreClient, image_hash
+from backend.core_watch import CoreWatch
 from backend.images import ImageFetcher
 from backend.journal import Journal
 from backend.label_studio import LabelStudio
@@ -23,6 +24,9 @@ class Services:
     core: CoreClient
     label_studio: LabelStudio
     images: ImageFetcher = field(repr=False)
+
+    def __post_init__(self) -> None:
+        self.core_watch = CoreWatch(self.core)
 
     @classmethod
     def make(cls, settings: Settings) -> Services:

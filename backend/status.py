@@ -24,12 +24,13 @@ _LABEL_STUDIO_STATES = {
 
 
 def health_report(services: Services) -> dict[str, Any]:
-    """UP, always, with what is degraded and why; from what the keeper saw last, so that it costs nothing."""
+    """UP, always, with what is degraded and why: from what the keeper saw last, and a short look at the core itself."""
     degraded = {}
     try:
         core, label_studio = services.journal.fact("core"), services.journal.fact("label_studio")
-        if not core.get("up", True):
-            degraded["core"] = core.get("message")
+        seen, why = services.core_watch.glance()
+        if why or not (seen or core.get("up", True)):
+            degraded["core"] = why or core.get("message")
         if not label_studio.get("up", True):
             degraded["label_studio"] = label_studio.get("message")
         base = core.get("base")

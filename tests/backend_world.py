@@ -87,13 +87,11 @@ class World:
         self.core_requests: list[tuple[str, str]] = []
         self._core_app = create_core_app(self.core)
         self._core_app.before_request(self._note)
-        self._server = make_server("127.0.0.1", 0, self._core_app, threaded=True)
-        self._serving = True
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self.start_core()
         self.studio = SmallServer().__enter__()
         usual: dict[str, Any] = {
             "data_dir": folder / "backend", "core_url": f"http://127.0.0.1:{self._server.server_port}", "model": "timed",
-            "label_studio_url": self.studio.url, "round_seconds": 5.0, "image_seconds": 2.0,
+            "label_studio_url": self.studio.url, "round_seconds": 5.0, "image_seconds": 2.0, "round_quiet_seconds": 0.0,
         }  # fmt: skip
         self.settings = Settings(**(usual | changes))
         self.start()
@@ -114,6 +112,15 @@ class World:
         from flask import request
 
         self.core_requests.append((request.method, request.path))
+
+    def start_core(self, port: int = 0) -> None:
+        self._server = make_server("127.0.0.1", port, self._core_app, threaded=True)
+        self._serving = True
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def restart_core(self) -> None:
+        """At the address that it had before `stop_core`."""
+        self.start_core(self._server.server_port)
 
     def stop_core(self) -> None:
         if self._serving:

@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +22,9 @@ from werkzeug.serving import make_server
 
 from backend import app as app_module
 from backend.app import strict_json
+from backend.core_watch import KEPT_SECONDS
 from backend_world import CONFIG, World, world
-from kptllm_core.errors import InvalidInput
+from kptllm_core.errors import InvalidInput, Unavailable
 
 CANARY = "canary-7f3a9c"
 
@@ -60,9 +62,25 @@ def test_every_route_answers_below_the_project_too(here: World) -> None:
         assert here.client.get(f"{prefix}/status").status_code == 200
 
 
-def test_the_path_names_the_project_whatever_the_body_says(here: World) -> None:
-    here.client.post("/projects/7/setup", json={"project": "1.17", "schema": CONFIG})
+def test_the_path_and_the_body_must_name_the_same_project(here: World) -> None:
+    """A project that was given another one's address must not pour its annotations into it."""
+    for path, body in (("setup", {"project": "1.17", "schema": CONFIG}), ("predict", {"project": "1.17", "tasks": []}),
+                       ("webhook", {"project": {"id": 1}, "action": "ANNOTATION_CREATED"}), ("train", {"project": 1})):  # fmt: skip
+        refused = here.client.post(f"/projects/7/{path}", json=body)
+        assert refused.status_code == 400, path
+        assert "project 7, but the body is about project 1" in refused.get_json()["error"]["message"]
+    assert here.client.get("/status").get_json()["projects"] == []
+    assert here.client.post("/projects/7/setup", json={"project": "7.17", "schema": CONFIG}).status_code == 200
+    assert here.client.post("/projects/7/setup", json={"schema": CONFIG}).status_code == 200
     assert [p["project"] for p in here.client.get("/status").get_json()["projects"]] == ["7"]
+
+
+def test_a_job_is_cancelled_below_its_own_project_only(here: World) -> None:
+    here.setup()
+    here.label(*range(1, 13))
+    job = here.webhook("START_TRAINING", config=None).get_json()["job"]
+    assert here.client.post(f"/projects/2/jobs/{job}/cancel").status_code == 404
+    assert here.client.post(f"/projects/1/jobs/{job}/cancel").get_json()["state"] == "cancelled"
 
 
 def test_predict_without_a_label_config_uses_the_one_that_is_known(here: World) -> None:
@@ -121,15 +139,41 @@ def test_an_annotation_under_a_broken_config_is_not_lost(here: World) -> None:
     assert here.status()["labelled"] == 1
 
 
-def test_setup_and_health_ask_nobody(here: World) -> None:
+def test_setup_asks_nobody_and_health_the_core_once_a_second_at_most(here: World) -> None:
     here.setup()
     before = len(here.core_requests)
     for _ in range(3):
         here.setup()
         here.client.get("/health")
         here.client.get("/versions?project=1")
-    assert len(here.core_requests) == before
+    assert here.core_requests[before:] in ([("GET", "/health")], [("GET", "/health")] * 2)
     assert here.studio.requests == []
+
+
+def test_health_tells_of_a_dead_core_at_once(here: World) -> None:
+    here.keeper._see_core()
+    assert here.client.get("/health").get_json()["degraded"] is None
+    here.stop_core()
+    time.sleep(KEPT_SECONDS)
+    health = here.client.get("/health").get_json()
+    assert health["status"] == "UP"
+    assert "cannot be reached" in health["degraded"]["core"]
+    with pytest.raises(Unavailable):
+        here.keeper._see_core()
+    here.restart_core()
+    time.sleep(KEPT_SECONDS)
+    assert here.client.get("/health").get_json()["degraded"] is None  # and of one that is back
+
+
+def test_health_does_not_wait_for_a_core_that_hangs(here: World) -> None:
+    here.keeper._see_core()
+    hanging = socket.create_server(("127.0.0.1", 0))  # takes connections, never answers
+    here.services.core.url = f"http://127.0.0.1:{hanging.getsockname()[1]}"
+    for _ in range(3):
+        started = time.monotonic()
+        assert here.client.get("/health").get_json()["degraded"] is None  # the keeper, who gives it time, decides
+        assert time.monotonic() - started < 0.9
+    hanging.close()
 
 
 # ---------------------------------------------------------------- strict JSON
