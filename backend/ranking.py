@@ -7,6 +7,7 @@ moved half of the way to 1. So in the Data Manager *ascending* prediction score 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,12 @@ from backend.matching import distances, pair_up, size_of
 from backend.served import Controls, first_sayings
 from backend.tables import Annotation, Predicted, Project, Task, Version
 from backend.versions import candidates_of, labelled, unknown_project, uses_of
+from kptllm_core.errors import KptError
 from kptllm_core.keypoints import KeypointSet, Visibility
 from label_config.annotations import read_result
 from label_config.schema import LabelConfig, parse
 
+log = logging.getLogger(__name__)
 IMAGES = 400  # the newest ones, that calibration is fitted on
 LISTED = 50
 PLACED = (int(Visibility.OCCLUDED), int(Visibility.VISIBLE))
@@ -60,6 +63,37 @@ def rank_score(share: float, repeats: bool) -> float:
 def calibration_of(journal: Journal, project: str) -> Calibration:
     """The map that was fitted last (`refresh`)."""
     return Calibration.from_json(journal.fact(_fact(project)).get("map") or {})
+
+
+class Ranker:
+    """The scores of one request's predictions. Where the journal cannot be asked, the model's own scores stand."""
+
+    def __init__(self, journal: Journal, looks: Lookalikes, project: str) -> None:
+        self._journal, self._looks, self._project = journal, looks, project
+        self._calibration: Calibration | None = None
+        self._labelled: set[int] = set()
+        self._repeats: dict[int, bool] = {}
+
+    def see(self, looks: Mapping[int, str]) -> None:
+        """Find out which of these tasks (task → look) repeat others."""
+        new = {task: look for task, look in looks.items() if task not in self._repeats}
+        try:
+            self._begin()
+            found = self._looks.repeats(self._project, new, self._labelled)
+        except KptError as error:
+            log.warning("project %s: predictions are not ranked among each other: %s", self._project, error.message)
+            found = set()
+        self._repeats |= {task: task in found for task in new}
+
+    def score(self, task: int | None, controls: Controls) -> float:
+        share = expected_right(self._calibration or Calibration(), controls)
+        return rank_score(share, self._repeats.get(task, False) if task is not None else False)
+
+    def _begin(self) -> None:
+        if self._calibration is None:
+            self._calibration = calibration_of(self._journal, self._project)
+            with self._journal.reading() as session:
+                self._labelled = set(session.scalars(select(Annotation.task).where(*labelled(self._project)).distinct()))
 
 
 # ---------------------------------------------------------------- calibration
