@@ -179,7 +179,9 @@ class KptLLMBackend(LabelStudioMLBase):
     def _remember(self, version: Version, prediction: Prediction) -> None:
         """What is served judges its version once a person has corrected it. An annotator does not wait for the journal's sake."""
         try:
-            keep_served(self.connect()[0].journal, version, prediction.made)
+            keep_served(
+                self.connect()[0].journal, version, prediction.made, prediction.looks, prediction.withheld
+            )
         except KptError as error:
             log.warning("project %s: %d predictions are not remembered: %s", self.project_id, len(prediction.made), error.message)
 

@@ -11,13 +11,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from backend import split
+from backend.anchoring import is_unaided
 from backend.core_client import Query, image_hash
 from backend.intake import control_key
+from backend.lookalikes import look_of
+from backend.ranking import Ranker
 from backend.served import control_row
 from backend.services import Services, is_passing
 from backend.tables import Task, Version
@@ -33,6 +36,7 @@ log = logging.getLogger(__name__)
 CHUNK = 8  # tasks per request to the core
 FETCHERS = 4  # images fetched at a time
 Json = dict[str, Any]
+Fetched = tuple[bytes, str | None]  # an image, and what it looks like
 
 
 def failed(model_version: str, error: KptError) -> Json:
@@ -74,16 +78,23 @@ class Prediction:
         tasks: list[Json],
         context: Json | None,
         deadline: float,
+        boxes: dict[int, dict[str, list[list[float]]]] | None = None,
     ) -> None:
-        """context: `{"result": [regions]}` drawn with a smart tool, or None. deadline: monotonic seconds."""
+        """context: `{"result": [regions]}` drawn with a smart tool, or None. deadline: monotonic seconds.
+
+        boxes: task → control → (x, y, w, h) in pixels that the model is given instead of what the task's regions say.
+        """
         self.services, self.project, self.config, self.version = services, project, config, version
-        self.tasks, self.deadline = tasks, deadline
+        self.tasks, self.deadline, self.given = tasks, deadline, boxes
         drawn = context.get("result") if isinstance(context, dict) else None
         self.drawn: list[Json] = [_click(r) for r in drawn if isinstance(r, dict)] if isinstance(drawn, list) else []
         self.bytes: dict[str, bytes] = {}  # of the present chunk, by hash
         self.support_places: dict[str, tuple[Task, str]] = {}  # hash → where to fetch it again
         self.lost: set[str] = set()  # support images that are not to be had now
         self.made: dict[int, tuple[Json, float]] = {}  # task → what is remembered of its prediction (served.py), and its score
+        self.looks: dict[int, str] = {}  # task → what its image looks like
+        self.withheld: set[int] = set()  # tasks that are answered with nothing, to see what people do without (anchoring.py)
+        self.ranker = Ranker(services.journal, services.looks, project)
 
     def run(self) -> list[Json]:
         results: list[Json] = []
@@ -115,8 +126,8 @@ class Prediction:
         own = [c for c in self.config.controls if {c.from_name, c.box.from_name if c.box else c.from_name} & names]
         return own or self.config.controls
 
-    def _fetch(self, pool: ThreadPoolExecutor, start: int) -> dict[tuple[int, str], Future[bytes]]:
-        """Begin to fetch the images of the tasks from `start` on: (index, URL) → bytes to come."""
+    def _fetch(self, pool: ThreadPoolExecutor, start: int) -> dict[tuple[int, str], Future[Fetched]]:
+        """Begin to fetch the images of the tasks from `start` on: (index, URL) → bytes and look to come."""
         futures = {}
         for at, task in enumerate(self.tasks[start : start + CHUNK], start):
             data = task.get("data") if isinstance(task, dict) else None
@@ -124,11 +135,15 @@ class Prediction:
                 if url:
                     number = task.get("id")
                     number = number if isinstance(number, int) and not isinstance(number, bool) else None
-                    futures[at, url] = pool.submit(self.services.images.fetch, url, number)
+                    futures[at, url] = pool.submit(self._fetched, url, number)
         return futures
 
+    def _fetched(self, url: str, task: int | None) -> Fetched:
+        data = self.services.images.fetch(url, task)
+        return data, None if self.drawn else look_of(data)
+
     def _chunk(
-        self, start: int, count: int, fetched: dict[tuple[int, str], Future[bytes]], supports: dict[str, Any]
+        self, start: int, count: int, fetched: dict[tuple[int, str], Future[Fetched]], supports: dict[str, Any]
     ) -> list[Json]:
         self.bytes = {}
         items: list[_Item] = []
@@ -139,9 +154,10 @@ class Prediction:
             asked = [(item, query) for item in mine for query in item.queries()]
             if asked:
                 self._ask(control, asked, supports[control_key(control)])
+        self.ranker.see(self.looks)
         return [self._result(at, [i for i in items if i.task == at]) for at in range(start, start + count)]
 
-    def _item(self, at: int, control: KeypointControl, fetched: dict[tuple[int, str], Future[bytes]]) -> _Item:
+    def _item(self, at: int, control: KeypointControl, fetched: dict[tuple[int, str], Future[Fetched]]) -> _Item:
         item = _Item(at, control)
         task = self.tasks[at]
         try:
@@ -153,7 +169,9 @@ class Prediction:
                     raise InvalidInput(f"The task's '{control.image_key}' is of type {kind}; expected the address of one image.")
                 found = ", ".join(map(str, list(data)[:10])) if isinstance(data, dict) else "no data"
                 raise InvalidInput(f"The task has no image under '{control.image_key}'. Found: {found}.")
-            image = fetched[at, url].result(timeout=max(self.deadline - time.monotonic(), 0.1))
+            image, look = fetched[at, url].result(timeout=max(self.deadline - time.monotonic(), 0.1))
+            if look is not None and _is_id(task.get("id")):
+                self.looks.setdefault(task["id"], look)
             item.sha, item.size = image_hash(image), image_size(image)
             self.bytes[item.sha] = image
             item.boxes = self._boxes(task, control, item.size)
@@ -165,6 +183,9 @@ class Prediction:
 
     def _boxes(self, task: Json, control: KeypointControl, size: tuple[int, int]) -> list[DrawnBox]:
         """The objects' boxes: those just drawn, else those of the newest annotation, draft, or another model's prediction."""
+        if self.given is not None:
+            given = self.given.get(task["id"], {}).get(control_key(control), [])
+            return [DrawnBox(np.array(box, np.float64), "", None, None) for box in given]
         sources: list[Any] = [self.drawn]
         if not self.drawn:
             annotations = [a for a in _list(task.get("annotations")) if a.get("was_cancelled") is not True]
@@ -238,11 +259,13 @@ class Prediction:
             log.warning("project %s, task %s: %s", self.project, task, error.message)
         if errors and not regions:
             return failed(self.version.name, errors[0])
-        scores = [r["score"] for r in regions if r["type"] == "keypointlabels"]
-        score = round(float(np.mean(scores)), 4) if scores else 0.0
         number = self.tasks[at].get("id")
-        if kept and not errors and not self.drawn and isinstance(number, int) and not isinstance(number, bool):
+        score = self.ranker.score(number, kept)
+        if kept and not errors and not self.drawn and _is_id(number):
             self.made[number] = kept, score
+            if self.given is None and is_unaided(self.project, number, self.services.settings.unaided_share):
+                self.withheld.add(number)
+                regions = []
         return {"result": regions, "score": score, "model_version": self.version.name}
 
     def _with_clicks(self, item: _Item, points: KeypointSet) -> KeypointSet:
@@ -330,6 +353,10 @@ def _click(region: Json) -> Json:
             "value": {**value, "keypointlabels": labels if isinstance(labels, list) else []},
         }
     return region
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _list(value: Any) -> list[Json]:

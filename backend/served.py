@@ -7,13 +7,14 @@ hide points). What was made for a smart tool is not kept: the person had a hand 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from backend.journal import Journal
+from backend.lookalikes import note_looks
 from backend.tables import Annotation, Predicted, Version
 from backend.versions import newest_annotation
 from kptllm_core.keypoints import KeypointSet
@@ -48,14 +49,22 @@ def control_row(
     }
 
 
-def keep_served(journal: Journal, version: Version, made: dict[int, tuple[Controls, float]]) -> int:
+def keep_served(
+    journal: Journal,
+    version: Version,
+    made: dict[int, tuple[Controls, float]],
+    looks: Mapping[int, str] | None = None,
+    withheld: Collection[int] = (),
+) -> int:
     """Remember what Label Studio is given to show: task → (controls, score). Returns how many were kept.
 
+    looks: what the tasks' images look like; withheld: tasks that were answered with nothing (anchoring.py).
     The last answer before a task was labelled is the one a person saw; later ones change nothing.
     """
 
     def change(session: Session) -> int:
         known = newest_annotation(session)
+        note_looks(session, version.project, looks or {})
         rows = {r.task: r for r in predictions_of(session, version, made)}
         spoken = first_sayings(session, version.project, [t for t in made if t in rows])
         kept = 0
@@ -67,6 +76,7 @@ def keep_served(journal: Journal, version: Version, made: dict[int, tuple[Contro
             elif task in spoken and row.controls is not None:
                 continue
             row.controls, row.score, row.known, row.shadow, row.error = controls, score, known, False, ""
+            row.withheld = task in withheld
             row.judged = row.figures = None
             kept += 1
         return kept
@@ -82,10 +92,16 @@ def keep_shadow(session: Session, row: int, controls: Controls | None, score: fl
         found.known = newest_annotation(session)
 
 
-def ask_shadow(session: Session, version: Version, tasks: Iterable[int]) -> int:
-    """Ask for a version's answers to tasks that it never answered; returns for how many. The keeper makes them when it can."""
+def ask_shadow(session: Session, version: Version, tasks: Iterable[int], again: bool = False) -> int:
+    """Ask for a version's answers to tasks that it never answered; returns for how many. The keeper makes them when it can.
+
+    again: also for those that could not be made when they were asked for before.
+    """
     wanted = list(dict.fromkeys(tasks))
     there = {row.task for row in predictions_of(session, version, wanted)}
+    if again:
+        for row in predictions_of(session, version, wanted):
+            row.error = "" if row.controls is None else row.error
     new = [task for task in wanted if task not in there]
     session.add_all(Predicted(project=version.project, task=t, version=version.id, shadow=True) for t in new)
     return len(new)

@@ -9,6 +9,7 @@ from backend.core_watch import CoreWatch
 from backend.images import ImageFetcher
 from backend.journal import Journal
 from backend.label_studio import LabelStudio
+from backend.lookalikes import Lookalikes, look_of, note_looks
 from backend.settings import Settings
 from backend.tables import Task
 from kptllm_core.errors import KptError, Unauthorized, Unavailable
@@ -27,6 +28,7 @@ class Services:
 
     def __post_init__(self) -> None:
         self.core_watch = CoreWatch(self.core)
+        self.looks = Lookalikes(self.journal)
 
     @classmethod
     def make(cls, settings: Settings) -> Services:
@@ -77,6 +79,8 @@ class Services:
             raise
         sha = image_hash(data)
         self.journal.note_file(project, task.task, url, {"sha256": sha, "width": width, "height": height})
+        if task.task not in self.looks.of(project) and (look := look_of(data)) is not None:
+            self.journal.write(lambda session: note_looks(session, project, {task.task: look}))
         return sha, data
 
 

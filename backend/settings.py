@@ -95,6 +95,27 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
     return read
 
 
+def _none_or(least: int, most: int) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        if value == "0":
+            return 0
+        try:
+            return _whole(least, most)(value)
+        except _Bad:
+            raise _Bad(f"0 for none, or a whole number from {least} to {most}") from None
+
+    return read
+
+
+def _share(least: float, most: float) -> Callable[[str], float]:
+    def read(value: str) -> float:
+        if not re.fullmatch(r"[0-9]{0,3}\.?[0-9]{1,6}", value) or not least <= float(value) <= most:
+            raise _Bad(f"a share from {least:g} to {most:g}, for example 0.05")
+        return float(value)
+
+    return read
+
+
 def _seconds(least: float, most: float) -> Callable[[str], float]:
     def read(value: str) -> float:
         if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", value) or not least <= float(value) <= most:
@@ -258,6 +279,46 @@ class Settings:
     )
     round_seconds: float = field(
         default=180.0, metadata=_about(_seconds(1, 604_800), "Time for training in a round, in seconds.")
+    )
+    round_quiet_seconds: float = field(
+        default=5.0,
+        metadata=_about(
+            _seconds(0, 3_600),
+            "A round that starts by itself waits until no correction came for so many seconds, twelve times as long at the "
+            "most: a bulk import starts one round, not many.",
+        ),
+    )
+    shadow_images: int = field(
+        default=40,
+        metadata=_about(
+            _none_or(10, 10_000),
+            "Images labelled after a promotion that the version before predicts, too, unseen; it comes back by itself if it was "
+            "better. 0: none.",
+        ),
+    )
+    keep_adapters: int = field(
+        default=5,
+        metadata=_about(
+            _whole(0, 100_000),
+            "Adapters of earlier rounds that are kept for each project, the newest, besides those that serve, are pinned, came "
+            "just before, are being compared or trained from. Older ones are deleted.",
+        ),
+    )
+    tolerance: float = field(
+        default=0.05,
+        metadata=_about(
+            _share(0.001, 0.5),
+            "How far from its place a point may lie and still be right, in shares of the object's size: what counts as moved, and "
+            "what a prediction's score promises.",
+        ),
+    )
+    unaided_share: float = field(
+        default=0.0,
+        metadata=_about(
+            _share(0.0, 0.5),
+            "Share of tasks, chosen by a hash, that are served without predictions, to see how much people lean on them: 0.05 is "
+            "enough. 0: none.",
+        ),
     )
     sweep_seconds: float = field(
         default=45.0,
