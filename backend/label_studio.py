@@ -120,6 +120,10 @@ class LabelStudio(Transport):
             return found
         raise NotFound(f"Label Studio has no task {task} in project {project}. It may have been deleted.", task=task)
 
+    def update_task(self, task: int, **changes: Any) -> Json:
+        """Change a task. `data` is replaced as a whole, and kept as it is sent: send data as it was imported."""
+        return self._object("PATCH", f"/api/tasks/{task:d}/", params={"resolve_uri": "false"}, body=changes)
+
     def annotations(self, task: int) -> list[Json]:
         """The submitted annotations of a task; skipped ones are left out."""
         return self._list("GET", f"/api/tasks/{task:d}/annotations/")

@@ -7,6 +7,7 @@ moved half of the way to 1. So in the Data Manager *ascending* prediction score 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from label_config.schema import LabelConfig, parse
 
 log = logging.getLogger(__name__)
 IMAGES = 400  # the newest ones, that calibration is fitted on
-LISTED = 50
+LISTED = 500  # tasks that are told
 PLACED = (int(Visibility.OCCLUDED), int(Visibility.VISIBLE))
 
 
@@ -62,7 +63,7 @@ def rank_score(share: float, repeats: bool) -> float:
 
 def calibration_of(journal: Journal, project: str) -> Calibration:
     """The map that was fitted last (`refresh`)."""
-    return Calibration.from_json(journal.fact(_fact(project)).get("map") or {})
+    return Calibration.from_json(journal.fact(fact_name("calibration", project)).get("map") or {})
 
 
 class Ranker:
@@ -93,7 +94,9 @@ class Ranker:
         if self._calibration is None:
             self._calibration = calibration_of(self._journal, self._project)
             with self._journal.reading() as session:
-                self._labelled = set(session.scalars(select(Annotation.task).where(*labelled(self._project)).distinct()))
+                self._labelled = set(
+                    session.scalars(select(Annotation.task).where(*labelled(self._project)).distinct())
+                )
 
 
 # ---------------------------------------------------------------- calibration
@@ -173,10 +176,12 @@ def refresh(journal: Journal, project: str, tolerance: float) -> bool:
         newest = session.scalar(select(func.max(Annotation.id)).where(Annotation.project == project)) or 0
         made = session.scalar(select(func.max(Predicted.made_at)).where(Predicted.project == project)) or 0.0
         state = [newest, made, row.active_version, row.config_hash, tolerance]
-        if journal.fact(_fact(project)).get("state") == state:
+        if journal.fact(fact_name("calibration", project)).get("state") == state:
             return False
         judged = judged_points(session, project, parse(row.label_config), tolerance)
-    journal.set_fact(_fact(project), {"map": fit(judged.score, judged.hit).to_json(), "state": state})
+    journal.set_fact(
+        fact_name("calibration", project), {"map": fit(judged.score, judged.hit).to_json(), "state": state}
+    )
     return True
 
 
@@ -206,8 +211,10 @@ def calibration_report(journal: Journal, project: str, tolerance: float) -> dict
     }
 
 
-def _fact(project: str) -> str:
-    return f"calibration:{project}"[:64]
+def fact_name(what: str, project: str) -> str:
+    """The name of a fact about a project, within what the journal's column holds."""
+    name = f"{what}:{project}"
+    return name if len(name) <= 64 else f"{what}:{hashlib.sha256(project.encode()).hexdigest()[:40]}"
 
 
 # ---------------------------------------------------------------- the list

@@ -1,0 +1,92 @@
+"""Reports that take a while to make: made when something changed, kept in the journal, the same from every web worker.
+
+A request gets the report that is kept if nothing has changed since, or makes it anew if that is quick; a slow one it gets as it
+was, with `"stale": true`, and the keeper makes it anew in the background, spending a small part of its time on it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import func, select
+
+from backend import effort_report, ranking, review
+from backend.ranking import fact_name
+from backend.services import Services
+from backend.tables import Annotation, Event, Predicted, Project
+from backend.versions import unknown_project
+
+QUICK = 1.0  # seconds: what takes longer is left to the keeper
+SHARE = 0.05  # of the keeper's time, at most
+Report = Callable[[Services, str], dict[str, Any]]
+
+KINDS: dict[str, Report] = {
+    "effort": lambda s, project: effort_report.effort(s.journal, project, s.settings.tolerance),
+    "anchoring": lambda s, project: effort_report.anchoring_report(
+        s.journal, project, s.settings.tolerance, s.settings.unaided_share
+    ),
+    "agreement": lambda s, project: effort_report.agreement_report(s.journal, project),
+    "calibration": lambda s, project: ranking.calibration_report(s.journal, project, s.settings.tolerance),
+    "quality": lambda s, project: review.quality_report(s.journal, project),
+    "next": lambda s, project: ranking.what_next(s.journal, s.looks, project),
+}
+
+
+class Reports:
+    """`get` is for requests, `turn` for the keeper."""
+
+    def __init__(self, services: Services) -> None:
+        self.services, self.journal = services, services.journal
+        self._not_before: dict[tuple[str, str], float] = {}
+
+    def get(self, name: str, project: str) -> dict[str, Any]:
+        """A report of KINDS. NotFound for a project that was never seen."""
+        state = self._state(project)
+        kept = self.journal.fact(fact_name(f"report-{name}", project))
+        if kept and kept["state"] != state and kept["seconds"] > QUICK:
+            return {**kept["report"], "stale": True}
+        if not kept or kept["state"] != state:
+            kept = self._make(name, project, state)
+        return {**kept["report"], "stale": False}
+
+    def turn(self, project: str) -> None:
+        """Fit the calibration, ask for predictions that are missing, and make one of the slow reports that are out of date."""
+        ranking.refresh(self.journal, project, self.services.settings.tolerance)
+        review.ask_for_predictions(self.journal, project)
+        now = time.monotonic()
+        for name in KINDS:
+            if now < self._not_before.get((name, project), 0.0):
+                continue
+            state, kept = self._state(project), self.journal.fact(fact_name(f"report-{name}", project))
+            if kept and kept["seconds"] > QUICK and kept["state"] != state:
+                made = self._make(name, project, state)
+                self._not_before[name, project] = time.monotonic() + made["seconds"] / SHARE
+                return
+
+    def _make(self, name: str, project: str, state: list[Any]) -> dict[str, Any]:
+        begin = time.monotonic()
+        report = KINDS[name](self.services, project)
+        kept = {"report": report, "state": state, "seconds": round(time.monotonic() - begin, 3)}
+        self.journal.set_fact(fact_name(f"report-{name}", project), kept)
+        return kept
+
+    def _state(self, project: str) -> list[Any]:
+        """Changes whenever a report may."""
+        with self.journal.reading() as session:
+            row = session.get(Project, project)
+            if row is None:
+                raise unknown_project(project)
+            said = session.scalar(select(func.max(Annotation.id)).where(Annotation.project == project))
+            made = session.execute(
+                select(func.count(), func.max(Predicted.made_at)).where(
+                    Predicted.project == project, Predicted.controls.is_not(None)
+                )
+            ).one()
+            happened = session.scalar(
+                select(func.max(Event.id)).where(Event.project == project, Event.action == review.DISMISSED)
+            )
+            active, config = row.active_version, row.config_hash
+        settings = self.services.settings
+        return [said, *made, happened, active, config, settings.tolerance, settings.unaided_share]
