@@ -19,10 +19,12 @@ from werkzeug.exceptions import HTTPException
 
 from backend import prelabel
 from backend.connect import SECRET_HEADER
+from backend.insight_routes import insight
 from backend.intake import project_of
 from backend.keeper import Keeper
 from backend.model import KptLLMBackend
 from backend.prediction import failed
+from backend.reports import Reports
 from backend.rounds import Rounds
 from backend.services import Services
 from backend.settings import Settings
@@ -45,6 +47,9 @@ def create_app(services: Services) -> Flask:
     app.extensions["places"] = threading.BoundedSemaphore(max(services.settings.web_threads - KEPT_FREE, 1))
     app.register_blueprint(wire)
     app.register_blueprint(wire, name="project", url_prefix="/projects/<project>")
+    app.register_blueprint(insight)
+    app.register_blueprint(insight, name="project_insight", url_prefix="/projects/<project>")
+    app.extensions["reports"] = Reports(services)
     app.before_request(admit)
     app.after_request(_finish)
     app.register_error_handler(KptError, _told)

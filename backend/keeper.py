@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from backend.lease import BEAT_SECONDS, JournalLease
 from backend.prelabel_work import PrelabelWork
+from backend.reports import Reports
 from backend.rounds import Rounds
 from backend.services import Services, is_passing
 from backend.split import MADE_HERE
@@ -37,6 +38,7 @@ class Keeper:
 
     def __init__(self, services: Services, rounds: Rounds) -> None:
         self.services, self.rounds = services, rounds
+        self.reports = Reports(services)
         self.lease = JournalLease(services, "keeper")
         self._holds = threading.Event()
         self._stop = threading.Event()
@@ -98,6 +100,7 @@ class Keeper:
         for project in self._projects():
             self._try(f"project {project.id}", partial(self.rounds.start_if_due, project.id))
             self._try(f"project {project.id}, image sizes", partial(self._learn_sizes, project.id))
+            self._try(f"project {project.id}, reports", partial(self.reports.turn, project.id))
             if project.move_to and self.services.has_token and project.id.isdigit():
                 what = f"project {project.id}, Label Studio's version"
                 self._try(what, partial(self._move_along, project.id, project.move_to))
