@@ -10,22 +10,19 @@ What a change means for the version that serves is in versions.py.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, create_engine, event, select, update
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy import select, update
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from backend import split
+from backend.database import Turn, make_engines, unavailable, worth_repeating
 from backend.intake import names_of
 from backend.migrate import bring_up_to_date
 from backend.tables import Annotation, Base, Event, Fact, Project, Task, Version
@@ -41,13 +38,12 @@ from backend.versions import (
     sizes_missing,
     unknown_project,
 )
-from kptllm_core.errors import ArtifactError, Conflict, InvalidInput, NotFound, Unavailable
+from kptllm_core.errors import ArtifactError, Conflict, NotFound
 from label_config.schema import LabelConfig, parse
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 SCHEMA = 1  # of tables.py; a journal of a later one is left alone
-_PASSING = ("locked", "busy", "deadlock", "could not serialize", "already exists", "40001", "40p01", "55p03")
 
 
 class Journal:
@@ -56,8 +52,8 @@ class Journal:
     def __init__(self, url: str, patience: float = 20.0) -> None:
         """patience: seconds for which a locked database is waited for before Unavailable is raised."""
         self.patience = patience
-        self._engine = _engine(url)
-        self._turn = _Turn(make_url(url), patience)
+        self._reading, self._writing = make_engines(url, patience)
+        self._turn = Turn(self._writing.url, patience)
         self.write(self._open)
 
     @staticmethod
@@ -74,32 +70,29 @@ class Journal:
             )
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._writing.dispose()
         self._turn.close()
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """A session on one consistent state; what is changed in it is lost."""
         try:
-            with Session(self._engine, expire_on_commit=False) as session:
+            with Session(self._reading, expire_on_commit=False) as session:
                 yield session
         except SQLAlchemyError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
 
     def write(self, change: Callable[[Session], T]) -> T:
         """Run `change` in one transaction and return what it returns. It may run more than once: another writer was first."""
         deadline = time.monotonic() + self.patience
-        engine = self._engine.execution_options(kpt_write=True)
         attempt = 0
         while True:
             try:
-                with self._turn.take(), Session(engine, expire_on_commit=False) as session, session.begin():
+                with self._turn.take(), Session(self._writing, expire_on_commit=False) as session, session.begin():
                     return change(session)
             except DBAPIError as error:
-                said = str(error.orig).lower() + str(getattr(error.orig, "pgcode", "")).lower()
-                again = any(word in said for word in _PASSING) or (isinstance(error, IntegrityError) and attempt < 3)
-                if not again or time.monotonic() > deadline:
-                    raise _unavailable(error) from error
+                if not worth_repeating(error, attempt) or time.monotonic() > deadline:
+                    raise unavailable(error) from error
                 attempt += 1
                 time.sleep(random.uniform(0.005, 0.05) * min(attempt, 8))
 
@@ -350,79 +343,3 @@ def _keep_annotation(session: Session, row: Annotation, seen: bool) -> bool:
 
 def _states(project: str, annotation: int) -> tuple[Any, ...]:
     return Annotation.project == project, Annotation.annotation == annotation
-
-
-# ---------------------------------------------------------------- the database
-
-
-class _Turn:
-    """Whose turn it is to write: threads queue here, processes at a file beside the database.
-
-    SQLite itself keeps out all but one, but lets those who wait sleep up to 0.1 s at a time, by turns of luck.
-    """
-
-    def __init__(self, url: URL, patience: float) -> None:
-        self._threads, self._patience = threading.Lock(), patience
-        self._file: IO[bytes] | None = None
-        if url.drivername.startswith("sqlite") and url.database:
-            self._file = Path(f"{url.database}.lock").open("ab")  # noqa: SIM115 - open as long as the journal is
-
-    @contextmanager
-    def take(self) -> Iterator[None]:
-        with self._threads:
-            deadline = time.monotonic() + self._patience
-            held = False
-            while self._file is not None and not held and time.monotonic() < deadline:
-                try:
-                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    held = True
-                except BlockingIOError:
-                    time.sleep(0.001)
-            try:
-                yield  # not held: whoever has it hangs; SQLite's own lock decides
-            finally:
-                if self._file is not None and held:
-                    fcntl.flock(self._file, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _engine(url: str) -> Engine:
-    address = make_url(url)
-    if not address.drivername.startswith("sqlite"):
-        if address.drivername == "postgresql":
-            address = address.set(drivername="postgresql+psycopg")
-        try:
-            return create_engine(address, pool_pre_ping=True)
-        except ModuleNotFoundError as error:
-            raise InvalidInput(
-                f"DATABASE_URL names PostgreSQL, whose driver is not installed ({error.name}). Install it: pip install 'psycopg[binary]'"
-            ) from None
-    if address.database:
-        Path(address.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(address, connect_args={"timeout": 0.5})
-
-    @event.listens_for(engine, "connect")
-    def connect(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # BEGIN is ours, below
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        # A writer takes the lock at once: a reader that becomes a writer could only fail when another one was first.
-        writes = connection.get_execution_options().get("kpt_write")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
-
-
-def _unavailable(error: SQLAlchemyError) -> Unavailable:
-    log.error("journal: %s: %s", type(error).__name__, getattr(error, "orig", error))
-    said = str(getattr(error, "orig", "") or type(error).__name__)
-    hint = (
-        "Free some disk space." if "full" in said.lower() else "Try again; if it stays so, look at the backend's log."
-    )
-    return Unavailable(f"The journal cannot be used at the moment ({said[:200]}). {hint}")

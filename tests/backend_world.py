@@ -26,6 +26,7 @@ from backend.rounds import Rounds
 from backend.services import Services
 from backend.settings import Settings
 from core_process import TimedPredictor
+from journal_database import journal_url
 from kptllm_core.engine import Engine
 from kptllm_core.jobs import JobQueue
 from kptllm_core.routes import Core
@@ -90,7 +91,8 @@ class World:
         self.start_core()
         self.studio = SmallServer().__enter__()
         usual: dict[str, Any] = {
-            "data_dir": folder / "backend", "core_url": f"http://127.0.0.1:{self._server.server_port}", "model": "timed",
+            "data_dir": folder / "backend", "database_url": journal_url(folder / "backend"),
+            "core_url": f"http://127.0.0.1:{self._server.server_port}", "model": "timed",
             "label_studio_url": self.studio.url, "round_seconds": 5.0, "image_seconds": 2.0, "round_quiet_seconds": 0.0,
         }  # fmt: skip
         self.settings = Settings(**(usual | changes))

@@ -24,6 +24,7 @@ from backend.intake import annotation_row, id_of, project_of, task_row, updated_
 from backend.journal import Journal
 from backend.tables import Annotation, Group
 from backend_world import CONFIG, WITH_BOX, region
+from journal_database import journal_url, on_sqlite
 from kptllm_core.errors import ArtifactError, Conflict, InvalidInput, NotFound, Unavailable
 from label_config.schema import parse
 
@@ -33,7 +34,7 @@ COPIED = [{k: v for k, v in region("nose", 10.0, 10.0).items() if k != "origin"}
 
 @pytest.fixture
 def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/deep/journal.db"
+    return journal_url(tmp_path / "deep")
 
 
 @pytest.fixture
@@ -60,6 +61,7 @@ def current(journal: Journal) -> dict[int, Annotation]:
         return {a.annotation: a for a in session.scalars(select(Annotation).where(Annotation.current))}
 
 
+@on_sqlite
 def test_the_file_is_safe_against_power_loss(journal: Journal, url: str) -> None:
     with journal.reading() as session:
         assert session.connection().exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
@@ -343,6 +345,7 @@ def test_times_of_every_form_are_compared_in_utc() -> None:
     assert updated_us(None) == updated_us("yesterday") == updated_us("9999999") == 0
 
 
+@on_sqlite
 def test_a_locked_database_is_waited_for(url: str, journal: Journal, tmp_path: Path) -> None:
     other = sqlite3.connect(tmp_path / "deep/journal.db", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
@@ -353,6 +356,7 @@ def test_a_locked_database_is_waited_for(url: str, journal: Journal, tmp_path: P
     other.close()
 
 
+@on_sqlite
 def test_a_database_that_stays_locked_is_told_in_words(url: str, tmp_path: Path) -> None:
     journal = Journal(url, patience=0.1)
     other = sqlite3.connect(tmp_path / "deep/journal.db", isolation_level=None)
