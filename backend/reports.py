@@ -40,6 +40,7 @@ class Reports:
     def __init__(self, services: Services) -> None:
         self.services, self.journal = services, services.journal
         self._not_before: dict[tuple[str, str], float] = {}
+        self._seen: dict[str, list[Any]] = {}  # project → what there was at its last turn
 
     def get(self, name: str, project: str) -> dict[str, Any]:
         """A report of KINDS. NotFound for a project that was never seen."""
@@ -53,13 +54,16 @@ class Reports:
 
     def turn(self, project: str) -> None:
         """Fit the calibration, ask for predictions that are missing, and make one of the slow reports that are out of date."""
-        ranking.refresh(self.journal, project, self.services.settings.tolerance)
-        review.ask_for_predictions(self.journal, project)
+        state = self._state(project)
+        if state != self._seen.get(project):
+            ranking.refresh(self.journal, project, self.services.settings.tolerance)
+            review.ask_for_predictions(self.journal, project)
+            self._seen[project] = state
         now = time.monotonic()
         for name in KINDS:
             if now < self._not_before.get((name, project), 0.0):
                 continue
-            state, kept = self._state(project), self.journal.fact(fact_name(f"report-{name}", project))
+            kept = self.journal.fact(fact_name(f"report-{name}", project))
             if kept and kept["seconds"] > QUICK and kept["state"] != state:
                 made = self._make(name, project, state)
                 self._not_before[name, project] = time.monotonic() + made["seconds"] / SHARE
@@ -79,14 +83,14 @@ class Reports:
             if row is None:
                 raise unknown_project(project)
             said = session.scalar(select(func.max(Annotation.id)).where(Annotation.project == project))
+            mine = Predicted.project == project
             made = session.execute(
-                select(func.count(), func.max(Predicted.made_at)).where(
-                    Predicted.project == project, Predicted.controls.is_not(None)
-                )
+                select(func.count(), func.max(Predicted.made_at)).where(mine, Predicted.controls.is_not(None))
             ).one()
+            failed = session.scalar(select(func.count()).where(mine, Predicted.error != ""))
             happened = session.scalar(
                 select(func.max(Event.id)).where(Event.project == project, Event.action == review.DISMISSED)
             )
             active, config = row.active_version, row.config_hash
         settings = self.services.settings
-        return [said, *made, happened, active, config, settings.tolerance, settings.unaided_share]
+        return [said, *made, failed, happened, active, config, settings.tolerance, settings.unaided_share]

@@ -7,6 +7,7 @@ hide points). What was made for a smart tool is not kept: the person had a hand 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def keep_served(
             elif task in spoken and row.controls is not None:
                 continue
             row.controls, row.score, row.known, row.shadow, row.error = controls, score, known, False, ""
-            row.withheld = task in withheld
+            row.withheld, row.made_at = task in withheld, time.time()
             row.judged = row.figures = None
             kept += 1
         return kept
@@ -89,7 +90,7 @@ def keep_shadow(session: Session, row: int, controls: Controls | None, score: fl
     found = session.get(Predicted, row)
     if found is not None and found.controls is None:
         found.controls, found.score, found.error = controls, score, error
-        found.known = newest_annotation(session)
+        found.known, found.made_at = newest_annotation(session), time.time()
 
 
 def ask_shadow(session: Session, version: Version, tasks: Iterable[int], again: bool = False) -> int:
