@@ -21,6 +21,7 @@ from backend import prelabel
 from backend.connect import SECRET_HEADER
 from backend.insight_routes import insight
 from backend.intake import project_of
+from backend.judge_routes import judging
 from backend.keeper import Keeper
 from backend.model import KptLLMBackend
 from backend.prediction import failed
@@ -47,6 +48,8 @@ def create_app(services: Services) -> Flask:
     app.extensions["places"] = threading.BoundedSemaphore(max(services.settings.web_threads - KEPT_FREE, 1))
     app.register_blueprint(wire)
     app.register_blueprint(wire, name="project", url_prefix="/projects/<project>")
+    app.register_blueprint(judging)
+    app.register_blueprint(judging, name="project_judging", url_prefix="/projects/<project>")
     app.register_blueprint(insight)
     app.register_blueprint(insight, name="project_insight", url_prefix="/projects/<project>")
     app.extensions["reports"] = Reports(services)

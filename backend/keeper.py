@@ -17,9 +17,11 @@ from sqlalchemy.orm import Session
 
 from backend.lease import BEAT_SECONDS, JournalLease
 from backend.prelabel_work import PrelabelWork
+from backend.prune import prune
 from backend.reports import Reports
 from backend.rounds import Rounds
 from backend.services import Services, is_passing
+from backend.shadow import Shadows
 from backend.split import MADE_HERE
 from backend.sweep import sweep_all
 from backend.tables import Project, Version
@@ -30,6 +32,7 @@ TICK_SECONDS = 1.0
 CORE_SECONDS = 5.0  # how often the core is asked how it is
 PAUSE_SECONDS = 15.0  # before something that did not work, or not yet, is tried again
 DUE_SECONDS = 2.0  # at least so long between two sweeps for missed events
+PRUNE_SECONDS = 60.0  # how often old adapters are looked for
 REPEAT_SECONDS = 600.0  # the same trouble is written into the log so often
 
 
@@ -38,6 +41,7 @@ class Keeper:
 
     def __init__(self, services: Services, rounds: Rounds) -> None:
         self.services, self.rounds = services, rounds
+        self.shadows = Shadows(services)
         self.reports = Reports(services)
         self.lease = JournalLease(services, "keeper")
         self._holds = threading.Event()
@@ -46,7 +50,7 @@ class Keeper:
             threading.Thread(target=t, name=f"keeper-{t.__name__}", daemon=True)
             for t in (self._heart, self._hands, self._post_office)
         ]
-        self._next_core = self._next_sweep = self._next_due_sweep = 0.0
+        self._next_core = self._next_sweep = self._next_due_sweep = self._next_prune = 0.0
         self._paused: dict[str, float] = {}  # what → monotonic time before which it is not tried again
         self._told: dict[str, tuple[str, float]] = {}  # what → the last trouble, and when it was logged
 
@@ -101,9 +105,14 @@ class Keeper:
             self._try(f"project {project.id}", partial(self.rounds.start_if_due, project.id))
             self._try(f"project {project.id}, image sizes", partial(self._learn_sizes, project.id))
             self._try(f"project {project.id}, reports", partial(self.reports.turn, project.id))
+            self._try(f"project {project.id}, judging", partial(self.shadows.step, project.id))
             if project.move_to and self.services.has_token and project.id.isdigit():
                 what = f"project {project.id}, Label Studio's version"
                 self._try(what, partial(self._move_along, project.id, project.move_to))
+        if now >= self._next_prune:
+            self._next_prune = now + PRUNE_SECONDS
+            for project in self._projects():
+                self._try(f"project {project.id}, old adapters", partial(prune, self.services, project.id))
         if self.services.has_token:
             self._sweep_in_time(now)
 

@@ -6,7 +6,9 @@ A job is a row of the journal and every step of it may be repeated: the snapshot
 takes the same round twice for one, and the decision is one transaction. So a kill anywhere loses nothing. `Rounds.step`
 is called by the keeper (keeper.py), in one process at a time.
 
-The rule of promotion stands in `decide`, and nowhere else.
+The database allows one unfinished round per project; the core trains one at a time on its device, in the order in which they
+came. A round whose starting point no longer serves (it was rolled back, or the core runs another base) is begun anew. Whether
+a result serves is said by judges.py.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import secrets
 import time
 from typing import Any
@@ -22,54 +23,20 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from backend import split
+from backend import shadow, split
+from backend.judges import decide
 from backend.services import Services, is_passing
 from backend.snapshot import round_body
 from backend.sweep import sweep
 from backend.tables import Annotation, Job, Project, Task, Version
-from backend.versions import candidates_of, decide_uses, freeze_version, support_entries, uses_of
+from backend.versions import candidates_of, decide_uses, freeze_version, serve, support_entries, uses_of
 from kptllm_core.errors import Conflict, InvalidInput, KptError, NotFound
 from label_config.annotations import read_result
 from label_config.schema import LabelConfig, parse
 
 log = logging.getLogger(__name__)
 FINISHED = ("done", "failed", "cancelled")
-JUDGED_BY = ("0.05", "0.1")  # PCK thresholds
-
-
-def decide(before: dict[str, Any] | None, after: dict[str, Any] | None, images: int = 0) -> tuple[bool, str]:
-    """Whether a new version serves, and why, from the figures of both on the held-out images.
-
-    It serves unless it is worse: the mean of PCK@0.05 and PCK@0.1 must not be lower than the previous version's, and
-    where it is the same the mean error must not be larger. Without complete figures it does not serve.
-    """
-    old, new = _figures(before), _figures(after)
-    if old is None or new is None:
-        which = "previous" if old is None else "new"
-        return (
-            False,
-            f"Not promoted: the figures of the {which} version on the held-out images are missing or no numbers.",
-        )
-    told = (
-        f"on {images} held-out images ({int((after or {}).get('points') or 0)} points) PCK@0.1 {old['0.1']:.3f} → {new['0.1']:.3f}, "
-        f"PCK@0.05 {old['0.05']:.3f} → {new['0.05']:.3f}, mean error {old['nme']:.3f} → {new['nme']:.3f} of the object's size"
-    )
-    was, now = (sum(f[t] for t in JUDGED_BY) / len(JUDGED_BY) for f in (old, new))
-    if now > was + 1e-9:
-        return True, f"Promoted: better {told}."
-    if now < was - 1e-9:
-        return False, f"Not promoted: worse {told}."
-    if new["nme"] <= old["nme"] + 1e-9:
-        return True, f"Promoted: as good as before {told}."
-    return False, f"Not promoted: the same PCK but a larger error {told}."
-
-
-def _figures(score: dict[str, Any] | None) -> dict[str, float] | None:
-    try:
-        figures = {t: float(score["pck"][t]) for t in JUDGED_BY} | {"nme": float(score["nme"])}  # type: ignore[index]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return figures if all(math.isfinite(v) for v in figures.values()) else None
+PATIENCE = 12  # times ROUND_QUIET_SECONDS that a round which is due waits at the most
 
 
 class Rounds:
@@ -78,6 +45,7 @@ class Rounds:
     def __init__(self, services: Services) -> None:
         self.services = services
         self.journal, self.settings = services.journal, services.settings
+        self._waits: dict[str, tuple[int, float, float]] = {}  # project → newest annotation, since when, due since when
 
     # ------------------------------------------------------------ asking
 
@@ -97,6 +65,7 @@ class Rounds:
             job = Job(id=secrets.token_hex(8), project=project, open_key=project, state="requested", trigger=asked_by, round=rounds + 1,
                       upto=_newest(session, project), support=[], progress={}, message="waiting for its turn")  # fmt: skip
             session.add(job)
+            row.retrain = None
             return job, f"Round {job.round} starts with {labelled} labelled images."
 
         return self.journal.write(change)
@@ -112,11 +81,30 @@ class Rounds:
             return session.scalar(query.where(Annotation.id > seen)) or 0
 
     def start_if_due(self, project: str) -> None:
-        """ROUND_EVERY new corrections start a round by themselves."""
-        new = self.new_corrections(project)
-        if new >= self.settings.round_every and len(self.journal.candidates(project)) >= self.settings.min_train:
-            _, said = self.start(project, f"{new} new corrections")
-            log.info("project %s: %s", project, said)
+        """A new base, or ROUND_EVERY new corrections, start a round by themselves: the latter once they have come to rest."""
+        with self.journal.reading() as session:
+            row = session.get(Project, project)
+            unfinished = session.scalar(select(Job.id).where(Job.open_key == project))
+            newest = _newest(session, project)
+        if row is None or unfinished is not None or row.labelled < self.settings.min_train:
+            return
+        why = f"the core now runs {row.retrain}" if row.retrain else ""
+        new = 0 if why else self.new_corrections(project)
+        if new >= self.settings.round_every and self._at_rest(project, newest):
+            why = f"{new} new corrections"
+        if why and len(self.journal.candidates(project)) >= self.settings.min_train:
+            _, said = self.start(project, why)
+            self._waits.pop(project, None)
+            log.info("project %s: %s: %s", project, why, said)
+
+    def _at_rest(self, project: str, newest: int) -> bool:
+        """Whether no correction came for ROUND_QUIET_SECONDS, or whether that was waited for long enough."""
+        now, quiet = time.monotonic(), self.settings.round_quiet_seconds
+        known, since, due = self._waits.get(project, (-1, now, now))
+        if known != newest:
+            since = now
+        self._waits[project] = newest, since, due
+        return now - since >= quiet or now - due >= PATIENCE * quiet
 
     def get(self, job: str) -> Job:
         with self.journal.reading() as session:
@@ -134,7 +122,13 @@ class Rounds:
             query = select(Job).where(Job.project == project).order_by(Job.created_at.desc(), Job.round.desc())
             return session.scalars(query.limit(1)).first()
 
-    def cancel(self, job: str) -> Job:
+    def history(self, project: str) -> list[Job]:
+        """Every round of a project, the newest first."""
+        with self.journal.reading() as session:
+            query = select(Job).where(Job.project == project).order_by(Job.round.desc(), Job.created_at.desc())
+            return list(session.scalars(query))
+
+    def cancel(self, job: str, why: str = "cancelled by a person") -> Job:
         """End a round without a result. What was served before serves on."""
         row = self.get(job)
         if row.core_job and row.open_key:
@@ -142,7 +136,7 @@ class Rounds:
                 self.services.core.cancel_round(row.core_job)
             except KptError as error:
                 log.warning("round %s: the core did not hear of the cancellation: %s", row.adapter, error.message)
-        self._finish(job, "cancelled", "cancelled by a person")
+        self._finish(job, "cancelled", why)
         return self.get(job)
 
     # ------------------------------------------------------------ one step
@@ -150,6 +144,11 @@ class Rounds:
     def step(self, job_id: str) -> None:
         """Move a round on as far as it goes now. Passing trouble is noted in its message; any other ends it."""
         job = self.get(job_id)
+        overtaken = self._overtaken(job)
+        if overtaken:
+            self.cancel(job_id, f"cancelled: {overtaken}. Another round starts from there.")
+            self.start(job.project, overtaken)
+            return
         try:
             if job.state == "requested":
                 self._prepare(job)
@@ -162,6 +161,17 @@ class Rounds:
                 self._update(job_id, message=f"waiting: {error.message}")
             else:
                 self._finish(job_id, "failed", error.message)
+
+    def _overtaken(self, job: Job) -> str:
+        """Why a round that was prepared is of no use any more: its result would be compared with what no longer serves."""
+        with self.journal.reading() as session:
+            row = session.get(Project, job.project)
+            parent = session.get(Version, job.parent) if job.parent else None
+            active = session.get(Version, row.active_version) if row and row.active_version else None
+        if job.state in FINISHED or parent is None or active is None:
+            return ""
+        same = (active.adapter, active.base) == (parent.adapter, parent.base)
+        return "" if same else f"{active.name} serves now instead of {parent.name}, which the round started from"
 
     def _prepare(self, job: Job) -> None:
         """Take the snapshot: which annotations, which images, who is held out."""
@@ -196,9 +206,7 @@ class Rounds:
         heldout = [c for c in usable if uses[c.group] == split.HELDOUT]
         train = [c for c in usable if uses[c.group] == split.TRAIN]
         if len(heldout) < split.MIN_HELDOUT or not train:
-            more = split.MIN_HELDOUT - len(heldout)
-            raise InvalidInput(f"{len(train)} images to train on and {len(heldout)} to judge by, which were never shown to the model; at "
-                               f"least {split.MIN_HELDOUT} must judge. Label {max(more, 1)} more.")  # fmt: skip
+            raise InvalidInput(split.too_few(train, heldout))
         with self.journal.reading() as session:
             order = split.support_order(job.project, train, uses)
             support = [entry for entry, _ in support_entries(session, job.project, config, order, split.MAX_SUPPORT)]
@@ -262,6 +270,8 @@ class Rounds:
             self._update(job.id, "prepared", round=number, adapter=snapshot["name"], snapshot=snapshot)
             return
         self._update(job.id, "prepared", state="running", core_job=answer["job"])
+        if self.get(job.id).state in FINISHED:  # cancelled while it was being sent
+            self.services.core.cancel_round(answer["job"])
 
     def _bytes(self, project: str, sha: str) -> bytes:
         """An image of the snapshot, fetched again; NotFound when other bytes are there now."""
@@ -286,7 +296,7 @@ class Rounds:
                 job.id,
                 "running",
                 progress=progress,
-                message="training" if state["state"] == "running" else "queued at the core",
+                message="training" if state["state"] == "running" else self._queued(job),
             )
         elif state.get("state") == "done" and isinstance(state.get("result"), dict):
             self._conclude(job, state["result"], progress)
@@ -295,6 +305,13 @@ class Rounds:
             self._finish(
                 job.id, ended, str(state.get("reason") or f"the core reports {state.get('state')!r} and no reason")
             )
+
+    def _queued(self, job: Job) -> str:
+        """The core trains one round at a time."""
+        with self.journal.reading() as session:
+            query = select(func.count()).select_from(Job).where(Job.state == "running", Job.created_at < job.created_at)
+            before = session.scalar(query) or 0
+        return f"waits for {before} round{'s' if before > 1 else ''} of other projects" if before else "queued at the core"
 
     def _conclude(self, job: Job, result: dict[str, Any], progress: dict[str, Any]) -> None:
         """Decide, make the version, move the pointer: one transaction."""
@@ -307,16 +324,21 @@ class Rounds:
             current = session.get_one(Job, job.id)
             if current.state in FINISHED:
                 return
-            parent = session.get_one(Version, job.parent)
+            parent, active = session.get_one(Version, job.parent), session.get_one(Version, row.active_version)
             names = list(snapshot["schema"]["names"])
             serves, why = promoted, reason
             if row.config_hash != job.config_hash and not split.adapter_fits(names, row.names):
                 serves, why = False, f"Not promoted: the label config's names changed while the round ran. {reason}"
+            elif (active.adapter, active.base) != (parent.adapter, parent.base):
+                serves, why = False, f"Not promoted: {active.name} serves now, not {parent.name}, the other one here. {reason}"
+            elif row.pinned is not None:
+                serves, why = False, f"Not promoted: {active.name} is pinned. Without the pin: {reason}"
             adapter = {"name": job.adapter, "round": job.round, "names": names, "base": parent.base}
             version = freeze_version(session, job.project, parent, adapter, job.support, job=job.id, reason=why, before=before, after=after,
-                                     seconds=result.get("seconds"), promoted=serves)  # fmt: skip
+                                     seconds=result.get("seconds"), promoted=serves, upto=job.upto)  # fmt: skip
             if serves:
-                row.active_version, row.move_to = version.id, version.name
+                serve(session, row, version, why)
+                shadow.begin(session, row, version, active, self.settings.shadow_images)
             current.state, current.open_key, current.finished_at = "done", None, time.time()
             current.version, current.promoted, current.message, current.progress = version.name, serves, why, progress
 

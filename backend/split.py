@@ -1,8 +1,16 @@
 """Which labelled images judge, which teach, which are shown as support examples. Pure functions.
 
-An image is used for one thing only, decided once for its whole group (images of one video or subject) by a hash:
-a *held-out* image judges new versions and is never trained on, never shown as an example. A fifth is held out, at least
-two, from ten labelled images on; with fewer there is nothing to judge yet, and all may serve as support examples.
+THE RULE. An image is used for one thing only, decided once for its whole group (images of one video or subject: the task's
+`group`, `video` or `subject`, else each task by itself). A *held-out* image judges new versions; it is never trained on and
+never shown as an example, and that stays so for ever, however the project grows or shrinks.
+
+- Below ten labelled images there is nothing to judge, since nothing is trained: all may be support examples, and those that
+  were examples once are for teaching for ever.
+- From ten on a fifth is held out, at least five. Which ones: undecided groups in the order of a hash of project and group,
+  until the number is reached. So of ten images five judge, and the other five teach and are the examples; the share falls
+  as labels come in (5 of 15, 5 of 25) and is a fifth from 25 on. Fewer than five would make the judgement a matter of luck:
+  one point more or less of a single image would decide.
+- A round that finds fewer than five (all images of one video, say) says so and does not train.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ from typing import Any
 STEPS = (1, 2, 5, 10)  # labelled images at which the support set is chosen anew
 MAX_SUPPORT = STEPS[-1]
 HELDOUT_SHARE = 0.2
-MIN_HELDOUT = 2
+MIN_HELDOUT = 5
 TRAIN, HELDOUT = "train", "heldout"
 RETRY = "+retry"  # ends the model_version of an empty prediction that is worth asking for again
 MADE_HERE = re.compile(r".+\+r\d+\+s\d+(\.[0-9a-f]{6})?(\+retry)?")  # a model_version of ours, of whatever base
@@ -68,6 +76,16 @@ def assign(project: str, candidates: list[Candidate], uses: dict[str, str], ever
         elif everything:
             new[group] = TRAIN
     return new
+
+
+def too_few(train: list[Candidate], heldout: list[Candidate]) -> str:
+    """Why a round cannot be: what there is, what is needed, what helps."""
+    images, groups = len(train) + len(heldout), len({c.group for c in train + heldout})
+    together = f" The {images} images are in {groups} groups (videos, subjects), which stay together." if groups < images else ""
+    return (
+        f"{len(train)} images to train on and {len(heldout)} to judge by, which were never shown to the model; at least "
+        f"{MIN_HELDOUT} must judge.{together} Label {max(MIN_HELDOUT - len(heldout), 1)} more{' of other groups' if together else ''}."
+    )
 
 
 def support_order(project: str, candidates: list[Candidate], uses: dict[str, str]) -> list[Candidate]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
-from backend import split
+from backend import shadow, split
+from backend.fitting import set_aside
 from backend.rounds import Rounds
 from backend.services import Services
-from backend.tables import Annotation, Job, Project, Version
+from backend.serving import pin_state
+from backend.tables import Annotation, Comparison, Job, Project, Version
 from backend.versions import candidates_of, unknown_project, uses_of
 from kptllm_core.errors import KptError
 
@@ -62,6 +65,9 @@ def project_status(services: Services, rounds: Rounds, project: str) -> dict[str
         candidates, uses = candidates_of(session, project), uses_of(session, project)
         active = session.get(Version, row.active_version) if row.active_version else None
         heldout = sum(uses.get(c.group) == split.HELDOUT for c in candidates)
+        pinned, aside = pin_state(session, row), set_aside(session, row)
+        running = shadow.running(session, project)
+        comparison = comparison_state(session, running) if running else None
     job = rounds.latest(project)
     missing = max(settings.min_train - row.labelled, 0)
     return {
@@ -80,6 +86,10 @@ def project_status(services: Services, rounds: Rounds, project: str) -> dict[str
         "job": job_state(job) if job else None,
         "versions": [version_state(v, row.active_version) for v in services.journal.versions(project)],
         "label_studio_follows": row.move_to is None,
+        **pinned,
+        "comparison": comparison,
+        "set_aside": aside,
+        "retrain": row.retrain,
     }  # fmt: skip
 
 
@@ -94,10 +104,32 @@ def version_state(version: Version, active: int | None) -> dict[str, Any]:
         "adapter": version.adapter,
         "support": len(version.support),
         "parent": version.parent,
+        "pruned": version.pruned,
         "before": version.before,
         "after": version.after,
         "seconds": version.seconds,
         "created_at": version.created_at,
+    }
+
+
+def comparison_list(services: Services, project: str) -> list[dict[str, Any]]:
+    """Every promoted version against the one before it, the newest first."""
+    with services.journal.reading() as session:
+        query = select(Comparison).where(Comparison.project == project).order_by(Comparison.id.desc())
+        return [comparison_state(session, found) for found in session.scalars(query)]
+
+
+def comparison_state(session: Session, comparison: Comparison) -> dict[str, Any]:
+    """state: running | kept | rolled_back | ended. figures: of the last look, see judges.verdict; None before the first."""
+    names = {v.id: v.name for v in session.scalars(select(Version).where(Version.id.in_((comparison.version, comparison.previous))))}
+    return {
+        "version": names.get(comparison.version),
+        "previous": names.get(comparison.previous),
+        "state": comparison.state,
+        "reason": comparison.reason,
+        "figures": comparison.figures,
+        "started_at": comparison.started_at,
+        "ended_at": comparison.ended_at,
     }
 
 

@@ -16,6 +16,7 @@ from sqlalchemy import select
 
 from backend.intake import annotation_row, id_of, task_row, updated_us
 from backend.services import Services
+from backend.serving import note_shown
 from backend.tables import Annotation
 from kptllm_core.errors import InvalidInput, NotFound, SchemaError
 from label_config.schema import parse
@@ -33,6 +34,7 @@ def sweep(services: Services, project: str) -> int:
     found = label_studio.project(number)
     title, label_config = str(found.get("title") or ""), str(found.get("label_config") or "")
     journal.observe(project, label_config, services.base(), title)
+    note_shown(journal, project, found.get("model_version"))
     config = parse(label_config)
     known = journal.fact(f"sweep:{project}")
     since = datetime.fromtimestamp(known["updated_us"] / 1e6, UTC) - OVERLAP if known.get("updated_us") else None

@@ -12,8 +12,8 @@ import pytest
 from sqlalchemy import select, update
 
 from backend import split
+from backend.judges import decide
 from backend.lease import JournalLease
-from backend.rounds import decide
 from backend.snapshot import merged_schema
 from backend.sweep import sweep
 from backend.tables import Annotation, Group, Job, Project
@@ -80,11 +80,11 @@ def test_a_better_round_serves_and_says_why(here: World) -> None:
     job = here.play_round()
     status = here.status()
     assert job["state"] == "done" and job["promoted"] is True
-    assert (job["train_images"], job["heldout_images"]) == (9, 3)
-    assert "Promoted: better on 3 held-out images" in job["message"]
+    assert (job["train_images"], job["heldout_images"]) == (7, 5)
+    assert "Promoted: better on 5 held-out images" in job["message"]
     after = here.setup().get_json()["model_version"]
     assert after == job["model_version"] == status["model_version"]
-    assert after.startswith("timed-00000000+r1+s9.")
+    assert after.startswith("timed-00000000+r1+s7.")
     version = status["versions"][-1]
     assert version["active"] and version["before"] == BAD and version["after"] == GOOD
     assert version["adapter"] == "timed-00000000+p1+r1" and version["parent"] == before
@@ -112,14 +112,14 @@ def test_held_out_images_judge_for_ever_and_are_never_shown(here: World) -> None
     here.label(*range(1, 13))
     here.play_round()
     first = {i["image"] for i in job_row(here).snapshot["heldout"]}  # type: ignore[index]
-    here.label(*range(13, 26))
+    here.label(*range(13, 41))
     assert here.play_round()["round"] == 2
     snapshot = job_row(here).snapshot
     assert snapshot is not None
     judged, taught, shown = ({i["image"] for i in snapshot[k]} for k in ("heldout", "train", "support"))
-    assert first < judged and len(judged) == 5
+    assert first < judged and (len(first), len(judged)) == (5, 8)
     assert not judged & taught and not judged & shown
-    assert len(taught) == 20 and len(shown) == 10
+    assert len(taught) == 32 and len(shown) == 10
     assert snapshot["parent"] == "timed-00000000+p1+r1"
     support = {e["task"] for e in here.services.journal.active("1").support}
     with here.services.journal.reading() as session:
@@ -183,10 +183,10 @@ def test_too_few_usable_images_end_the_round_in_words(here: World) -> None:
 
 
 def test_an_annotation_deleted_before_the_round_is_not_in_it(here: World) -> None:
-    here.label(*range(1, 13))
+    here.label(*range(1, 17))
     here.webhook("ANNOTATIONS_DELETED", annotations=[{"id": 1005}])
     job = here.play_round()
-    assert job["train_images"] + job["heldout_images"] == 11
+    assert job["train_images"] + job["heldout_images"] == 15
 
 
 def test_a_config_that_changed_meanwhile_keeps_the_result_from_serving(here: World) -> None:

@@ -1,0 +1,100 @@
+"""Routes about versions and rounds: what they are worth, which serves, two of them side by side. Wiring only.
+
+    GET  /prequential                      every version on images that it could not have learned from
+    GET  /comparisons                      promoted versions against those before them, on the next images
+    GET  /compare?a=&b=&limit=             two versions on the same held-out images, with the truth, point by point
+    POST /compare?a=&b=&limit=             make the predictions that this lacks
+    GET  /tasks/<task>/image?control=&side=    a task's image as a small JPEG
+    GET  /jobs                             all rounds, the newest first
+    POST /rollback                         serve the version before again
+    POST /versions/<version>/pin, /unpin   serve this one whatever comes; serve what is better again
+
+Each also answers below /projects/<id>; without it, the project is named by ?project=.
+"""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response, current_app, jsonify, request
+
+from backend import compare, serving, status
+from backend.intake import project_of
+from backend.pictures import LONGEST, task_picture
+from backend.prequential import report
+from backend.rounds import Rounds
+from backend.services import Services
+from kptllm_core.errors import InvalidInput
+
+judging = Blueprint("judging", __name__)
+
+
+@judging.get("/prequential")
+def prequential(project: str | None = None) -> Response:
+    return jsonify(report(_services().journal, _project(project)))
+
+
+@judging.get("/comparisons")
+def comparisons(project: str | None = None) -> Response:
+    return jsonify(comparisons=status.comparison_list(_services(), _project(project)))
+
+
+@judging.get("/compare")
+def side_by_side(project: str | None = None) -> Response:
+    a, b, limit = _asked()
+    return jsonify(compare.comparison(_services().journal, _project(project), a, b, limit))
+
+
+@judging.post("/compare")
+def ask_for_both(project: str | None = None) -> tuple[Response, int]:
+    a, b, limit = _asked()
+    return jsonify(wanted=compare.want(_services().journal, _project(project), a, b, limit)), 202
+
+
+@judging.get("/tasks/<int:task>/image")
+def picture(task: int, project: str | None = None) -> Response:
+    side = _whole("side", LONGEST)
+    data = task_picture(_services(), _project(project), task, request.args.get("control") or None, side)
+    return Response(data, mimetype="image/jpeg")
+
+
+@judging.get("/jobs")
+def jobs(project: str | None = None) -> Response:
+    rounds: Rounds = current_app.extensions["rounds"]
+    return jsonify(jobs=[status.job_state(job) for job in rounds.history(_project(project))])
+
+
+@judging.post("/rollback")
+def rollback(project: str | None = None) -> Response:
+    version, said = serving.roll_back(_services().journal, _project(project))
+    return jsonify(model_version=version.name, message=said)
+
+
+@judging.post("/versions/<path:version>/pin")
+def pin(version: str, project: str | None = None) -> Response:
+    pinned = serving.pin(_services().journal, _project(project), version)
+    return jsonify(model_version=pinned.name, pinned=True, message=f"{pinned.name} serves until it is unpinned.")
+
+
+@judging.post("/unpin")
+def unpin(project: str | None = None) -> Response:
+    now = serving.unpin(_services().journal, _project(project))
+    return jsonify(model_version=now.name, pinned=False, message=f"{now.name} serves until a better one comes.")
+
+
+def _services() -> Services:
+    found: Services = current_app.extensions["services"]
+    return found
+
+
+def _project(project: str | None) -> str:
+    return project_of(project if project is not None else request.args.get("project"))
+
+
+def _asked() -> tuple[str | None, str | None, int]:
+    return request.args.get("a") or None, request.args.get("b") or None, _whole("limit", 20)
+
+
+def _whole(name: str, default: int) -> int:
+    value = request.args.get(name, str(default))
+    if not value.isdecimal() or len(value) > 6:
+        raise InvalidInput(f"{name} is {value[:40]!r}; expected a whole number.")
+    return int(value)

@@ -1,0 +1,144 @@
+"""The two judges of a version, as pure functions: the held-out images before it serves, the next images after it does.
+
+`decide` is the rule of promotion, `verdict` the rule of staying. They stand here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+JUDGED_BY = ("0.05", "0.1")  # PCK thresholds of the held-out judge
+CONFIDENCE = 0.95  # that a version which is no worse is not rolled back, over all looks and both figures
+LOOK_EVERY = 10  # images; also the fewest that a version is rolled back on
+_EPS = 1e-9
+
+
+# ---------------------------------------------------------------- held-out images
+
+
+def decide(before: dict[str, Any] | None, after: dict[str, Any] | None, images: int = 0) -> tuple[bool, str]:
+    """Whether a new version serves, and why, from the figures of both on the held-out images.
+
+    It serves unless it is worse: the mean of PCK@0.05 and PCK@0.1 must not be lower than the previous version's, and
+    where it is the same the mean error must not be larger. Without complete figures it does not serve.
+    """
+    old, new = _figures(before), _figures(after)
+    if old is None or new is None:
+        which = "previous" if old is None else "new"
+        return (
+            False,
+            f"Not promoted: the figures of the {which} version on the held-out images are missing or no numbers.",
+        )
+    told = (
+        f"on {images} held-out images ({int((after or {}).get('points') or 0)} points) PCK@0.1 {old['0.1']:.3f} → {new['0.1']:.3f}, "
+        f"PCK@0.05 {old['0.05']:.3f} → {new['0.05']:.3f}, mean error {old['nme']:.3f} → {new['nme']:.3f} of the object's size"
+    )
+    was, now = (sum(f[t] for t in JUDGED_BY) / len(JUDGED_BY) for f in (old, new))
+    if now > was + _EPS:
+        return True, f"Promoted: better {told}."
+    if now < was - _EPS:
+        return False, f"Not promoted: worse {told}."
+    if new["nme"] <= old["nme"] + _EPS:
+        return True, f"Promoted: as good as before {told}."
+    return False, f"Not promoted: the same PCK but a larger error {told}."
+
+
+def _figures(score: dict[str, Any] | None) -> dict[str, float] | None:
+    try:
+        figures = {t: float(score["pck"][t]) for t in JUDGED_BY} | {"nme": float(score["nme"])}  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return figures if all(math.isfinite(v) for v in figures.values()) else None
+
+
+# ---------------------------------------------------------------- the next images
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image that both versions predicted: its figures (prequential.measure) under the promoted version and the previous."""
+
+    version: dict[str, Any]
+    previous: dict[str, Any]
+
+
+def verdict(pairs: Sequence[Pair], most: int) -> tuple[str, dict[str, Any], str]:
+    """("previous" | "version" | "", figures, in words): which of the two is better on these images, "" if that cannot be said.
+
+    One of them is better when the confidence interval of a paired difference (PCK@0.05, or mean error beyond what people let
+    pass) excludes zero and the other figure does not point the other way. It is looked at every LOOK_EVERY images, at `most`
+    in all; the interval of each look is wide enough that all looks together err in 1 - CONFIDENCE of the cases.
+    """
+    looks = max(most // LOOK_EVERY, 1)
+    level = 1 - (1 - CONFIDENCE) / (2 * looks)
+    pck = _paired([p.version["pck"] for p in pairs], [p.previous["pck"] for p in pairs], level)
+    beyond = _paired([p.version["beyond"] for p in pairs], [p.previous["beyond"] for p in pairs], level)
+    error = {
+        "version": _mean([p.version["error"] for p in pairs]),
+        "previous": _mean([p.previous["error"] for p in pairs]),
+        "difference": beyond["difference"],
+        "interval": beyond["interval"],
+    }
+    figures = {"images": len(pairs), "level": round(level, 5), "pck@0.05": pck, "error": error}
+    # A positive difference of PCK, and a negative one of the error, speak for the promoted version.
+    gain, loss = _sign(pck["interval"]), -_sign(beyond["interval"])
+    better = ""
+    if gain + loss > 0 and pck["difference"] >= -_EPS and beyond["difference"] <= _EPS:
+        better = "version"
+    if gain + loss < 0 and pck["difference"] <= _EPS and beyond["difference"] >= -_EPS:
+        better = "previous"
+    said = (
+        f"on the same {len(pairs)} images PCK@0.05 {pck['version']:.3f} against {pck['previous']:.3f} of the version before "
+        f"(difference {_signed(pck)}), mean error {error['version']:.3f} against {error['previous']:.3f} (difference {_signed(beyond)} "
+        f"beyond what people let pass); {100 * level:.1f} % intervals"
+    )
+    return better, figures, said
+
+
+def interval_of(differences: Sequence[float], level: float) -> list[float]:
+    """[low, high] of the mean of paired differences, by Student's t. Fewer than two say nothing: everything is possible."""
+    values = np.asarray(differences, np.float64)
+    if len(values) < 2:
+        return [-math.inf, math.inf]
+    half = t_quantile((1 + level) / 2, len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return [float(values.mean()) - half, float(values.mean()) + half]
+
+
+def t_quantile(share: float, degrees: int) -> float:
+    """The value that a t-distributed number stays below with probability `share`; by integration over its angle."""
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
+    density = np.cos(angle) ** (degrees - 1)  # t = sqrt(degrees) tan(angle)
+    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(degrees) * math.tan(float(np.interp(share, cumulative / cumulative[-1], angle)))
+
+
+def _paired(version: Sequence[float], previous: Sequence[float], level: float) -> dict[str, Any]:
+    differences = [a - b for a, b in zip(version, previous, strict=True)]
+    low, high = interval_of(differences, level)
+    known = math.isfinite(low)
+    return {
+        "version": _mean(version),
+        "previous": _mean(previous),
+        "difference": _mean(differences),
+        "interval": [round(low, 5), round(high, 5)] if known else None,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(float(np.mean(values)), 5) if len(values) else 0.0
+
+
+def _sign(interval: list[float] | None) -> int:
+    if interval is None:
+        return 0
+    return int(interval[0] > _EPS) - int(interval[1] < -_EPS)
+
+
+def _signed(paired: dict[str, Any]) -> str:
+    low, high = paired["interval"] or (math.nan, math.nan)
+    return f"{paired['difference']:+.3f}, {low:+.3f} … {high:+.3f}"

@@ -1,0 +1,246 @@
+"""The second judge at work: after a promotion the version before predicts the next images, too, unseen; it comes back if it was better.
+
+Made only for images that a person has labelled since, for so many as the judgement needs (SHADOW_IMAGES), a few at a time, and
+only while nobody waits for the core. `judges.verdict` decides; every step is a transaction, so that a kill loses nothing.
+
+An image counts if its annotator was shown the promoted version's prediction, or none at all: where another version's was
+shown, that one would be flattered.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from backend.intake import control_key
+from backend.judges import LOOK_EVERY, Pair, verdict
+from backend.prediction import CHUNK, Prediction
+from backend.prequential import score_new
+from backend.served import ask_shadow, first_sayings, keep_shadow, predictions_of
+from backend.services import Services
+from backend.tables import Annotation, Comparison, Event, Predicted, Project, Task, Version
+from backend.versions import candidates_of, cannot_serve, lock_project, newest_annotation, serve
+from kptllm_core.errors import ArtifactError
+from label_config.annotations import boxes_in
+from label_config.schema import LabelConfig, parse
+
+log = logging.getLogger(__name__)
+AT_ONCE = 4  # images for which the core is asked in the shadow
+SECONDS = 20.0  # the longest that one such request may take
+
+
+def begin(session: Session, row: Project, version: Version, previous: Version, images: int) -> None:
+    """Compare a version that was just promoted with the one before it, if both can predict. images: SHADOW_IMAGES."""
+    if images and version.base == previous.base and version.id != previous.id and not previous.pruned:
+        session.add(Comparison(project=row.id, version=version.id, previous=previous.id, upto=newest_annotation(session)))
+
+
+def running(session: Session, project: str) -> Comparison | None:
+    query = select(Comparison).where(Comparison.project == project, Comparison.state == "running")
+    return session.scalars(query.order_by(Comparison.id.desc())).first()
+
+
+class Shadows:
+    """The comparisons of all projects. `step` is called by the keeper, in one process at a time."""
+
+    def __init__(self, services: Services) -> None:
+        self.services, self.journal = services, services.journal
+        self.images = services.settings.shadow_images
+        self._seen: dict[str, tuple[int, ...]] = {}  # project → what there was when it was last looked at
+
+    def step(self, project: str) -> None:
+        """Score what was labelled, make a few of the predictions that are wanted, and decide when there are enough."""
+        with self.journal.reading() as session:
+            stand = _stand(session, project)
+        if stand != self._seen.get(project):
+            score_new(self.journal, project)
+            self._ask(project)
+            self._decide(project)
+            self._seen[project] = stand
+        if self._make(project):
+            self._seen.pop(project, None)  # there is something new to score
+
+    # ------------------------------------------------------------ the comparison
+
+    def _ask(self, project: str) -> None:
+        """Want both versions' predictions of the images that count, and of no others."""
+        with self.journal.reading() as session:
+            comparison = running(session, project)
+            if comparison is None:
+                return
+            wanted = _next_images(session, comparison, self.images)
+            versions = [session.get_one(Version, n) for n in (comparison.version, comparison.previous)]
+            missing = {v.id: set(wanted) - {r.task for r in predictions_of(session, v, wanted)} for v in versions}
+        if any(missing.values()):
+            self.journal.write(lambda session: [ask_shadow(session, v, sorted(missing[v.id])) for v in versions])
+
+    def _decide(self, project: str) -> None:
+        def change(session: Session) -> str:
+            row = lock_project(session, project)
+            comparison = running(session, project)
+            if comparison is None:
+                return ""
+            found = pairs_of(session, comparison, self.images)
+            enough = len(found) >= self.images or len(found) >= LOOK_EVERY * (comparison.looks + 1)
+            if not enough:
+                return ""
+            comparison.looks += 1
+            better, comparison.figures, said = verdict([p for _, p in found], self.images)
+            if better == "previous":
+                return _roll_back(session, row, comparison, said)
+            if better == "version" or len(found) >= self.images:
+                comparison.state, comparison.ended_at = "kept", time.time()
+                comparison.reason = f"Kept: {'better' if better else 'not worse'} {said}."
+                return comparison.reason
+            comparison.reason = f"Not decided yet: {said}."
+            return ""
+
+        said = self.journal.write(change)
+        if said:
+            log.info("project %s: %s", project, said)
+
+    # ------------------------------------------------------------ making predictions that nobody waits for
+
+    def _make(self, project: str) -> int:
+        """Fill in a few of the wanted predictions; returns how many. None while the core has other work to do."""
+        with self.journal.reading() as session:
+            row = session.get(Project, project)
+            query = select(Predicted).where(Predicted.project == project, Predicted.controls.is_(None), Predicted.error == "")
+            wanted = session.scalars(query.order_by(Predicted.id).limit(CHUNK)).all()
+            if row is None or not wanted:
+                return 0
+            version = session.get_one(Version, wanted[0].version)
+            rows = {r.task: r.id for r in wanted if r.version == version.id}
+            rows = dict(list(rows.items())[:AT_ONCE])
+            config = parse(row.label_config)
+            problem = cannot_serve(session, row, version)
+            tasks = [_task(session, project, task) for task in rows]
+            boxes = {task: boxes_for(session, config, project, task) for task in rows}
+        if problem:
+            return self._refuse(rows, f"{version.name} {problem}.")
+        if int(self.services.core.health().get("waiting") or 0):
+            return 0
+        prediction = Prediction(self.services, project, config, version, tasks, None, time.monotonic() + SECONDS, boxes)
+        try:
+            results = prediction.run()
+        except ArtifactError as error:
+            return self._refuse(rows, error.message)
+        errors = {
+            task: str(result["error"]["message"])
+            for task, result in zip(rows, results, strict=True)
+            if "error" in result and result["model_version"] == version.name  # otherwise it is worth another try
+        }
+        empty = f"{version.name} was given no box to look into, and the label config lets it find none."
+
+        def change(session: Session) -> int:
+            for task, (controls, score) in prediction.made.items():
+                keep_shadow(session, rows[task], controls, score)
+            for task, result in zip(rows, results, strict=True):
+                if task in errors or ("error" not in result and task not in prediction.made):
+                    keep_shadow(session, rows[task], None, 0.0, errors.get(task, empty))
+            return len(prediction.made) + len(errors)
+
+        return self.journal.write(change)
+
+    def _refuse(self, rows: dict[int, int], why: str) -> int:
+        def change(session: Session) -> int:
+            for row in rows.values():
+                keep_shadow(session, row, None, 0.0, why)
+            return len(rows)
+
+        return self.journal.write(change)
+
+
+# ---------------------------------------------------------------- inside a transaction
+
+
+def pairs_of(session: Session, comparison: Comparison, images: int) -> list[tuple[int, Pair]]:
+    """(task, figures of both versions) of the images that count and that both have predicted, in the order of labelling."""
+    wanted = _next_images(session, comparison, images)
+    figures: dict[int, dict[int, dict[str, Any]]] = {}
+    for number in (comparison.version, comparison.previous):
+        for row in predictions_of(session, session.get_one(Version, number), wanted):
+            if row.figures:
+                figures.setdefault(row.task, {})[number] = row.figures
+    return [
+        (task, Pair(both[comparison.version], both[comparison.previous]))
+        for task in wanted
+        if len(both := figures.get(task, {})) == 2
+    ]
+
+
+def _next_images(session: Session, comparison: Comparison, images: int) -> list[int]:
+    """The first tasks that people labelled after the promotion and that count; see the top."""
+    labelled = {c.task for c in candidates_of(session, comparison.project)}
+    first = first_sayings(session, comparison.project)
+    new = sorted((said, task) for task, said in first.items() if said > comparison.upto and task in labelled)
+    new = new[: 10 * images]
+    columns = select(Predicted.task, Predicted.version, Predicted.known, Predicted.shadow, Predicted.error).where(
+        Predicted.project == comparison.project, Predicted.task.in_([task for _, task in new])
+    )
+    shown: dict[int, tuple[int, int]] = {}  # task → (known, version) of what its annotator saw
+    failed = set()
+    for task, version, known, shadow, error in session.execute(columns):
+        if not shadow and known < first[task]:
+            shown[task] = max(shown.get(task, (-1, 0)), (known, version))
+        if error and version in (comparison.version, comparison.previous):
+            failed.add(task)
+    seen = [task for _, task in new if shown.get(task, (0, comparison.version))[1] == comparison.version]
+    return [task for task in seen if task not in failed][:images]
+
+
+def boxes_for(session: Session, config: LabelConfig, project: str, task: int) -> dict[str, list[list[float]]]:
+    """Control → boxes (x, y, w, h) in pixels for a prediction in the shadow: those that the prediction which was shown had, so that
+    two versions are asked the same; else those of the person's annotation."""
+    shown = select(Predicted).where(
+        Predicted.project == project, Predicted.task == task, ~Predicted.shadow, Predicted.controls.is_not(None)
+    )
+    row = session.scalars(shown.order_by(Predicted.known.desc())).first()
+    if row is not None and row.controls:
+        return {key: made["boxes"] for key, made in row.controls.items()}
+    labelled = [c.row for c in candidates_of(session, project) if c.task == task]
+    annotation, about = session.get(Annotation, labelled[0]) if labelled else None, session.get(Task, (project, task))
+    boxes = {}
+    for control in config.controls if annotation and about else ():
+        size = about.files.get(about.images.get(control.image_key, ""), {}) if about else {}
+        found = boxes_in(control, annotation.result if annotation else [], size.get("width"), size.get("height"))
+        boxes[control_key(control)] = [[float(v) for v in box] for box in found]
+    return boxes
+
+
+def _roll_back(session: Session, row: Project, comparison: Comparison, said: str) -> str:
+    """Serve the previous version again, unless something else was decided meanwhile or it cannot."""
+    version, previous = (session.get_one(Version, n) for n in (comparison.version, comparison.previous))
+    comparison.ended_at = time.time()
+    problem = cannot_serve(session, row, previous)
+    if row.pinned is not None:
+        problem = f"is not served, since {version.name} is pinned"
+    if problem:
+        comparison.state = "ended"
+        comparison.reason = f"{previous.name} was better {said}, but it {problem}."
+        return comparison.reason
+    comparison.state = "rolled_back"
+    comparison.reason = f"Rolled back to {previous.name}, which was better {said}."
+    version.promoted, version.reason = False, f"{version.reason} {comparison.reason}"[-2000:]
+    session.add(Event(project=row.id, action="ROLLBACK", about={"from": version.name, "to": previous.name, "by": "judge"}))
+    serve(session, row, previous, comparison.reason)
+    return comparison.reason
+
+
+def _task(session: Session, project: str, number: int) -> dict[str, Any]:
+    task = session.get(Task, (project, number))
+    return {"id": number, "data": dict(task.images) if task else {}}
+
+
+def _stand(session: Session, project: str) -> tuple[int, ...]:
+    """Grows, or changes, whenever there may be something to score or to decide."""
+    predicted = session.execute(
+        select(func.max(Predicted.id), func.count()).where(Predicted.project == project, Predicted.controls.is_not(None))
+    ).one()
+    comparison = running(session, project)
+    said = session.scalar(select(func.max(Annotation.id)).where(Annotation.project == project))
+    return tuple(int(v or 0) for v in (*predicted, said, comparison.id if comparison else 0))
