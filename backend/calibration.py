@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-BINS = 10
+BINS = 10  # of the diagram
 PRIOR = 20.0  # points' worth of belief in the score as it is, spread evenly over 0…1
+KNOTS = 20  # of the map
+TILT = 0.01  # of the score itself: where the data tell no difference, the higher score still ranks higher
 ENOUGH = 30  # points below which there is no map
 FOLDS = 5
 
@@ -48,26 +50,25 @@ def fit(score: np.ndarray, hit: np.ndarray) -> Calibration:
     score, hit = np.asarray(score, np.float64), np.asarray(hit, np.float64)
     if len(score) < ENOUGH:
         return Calibration()
-    prior = (np.arange(2 * BINS) + 0.5) / (2 * BINS)
-    x = np.concatenate([score, prior])
-    y = np.concatenate([hit, prior])
-    weight = np.concatenate([np.ones(len(score)), np.full(len(prior), PRIOR / len(prior))])
-    order = np.argsort(x, kind="stable")
-    knots, shares = _pool(x[order], y[order], weight[order])
-    # A step function would give many tasks the very same score, so that their order says nothing: linear between the steps.
-    score_knots, share_knots = [0.0, *knots, 1.0], [shares[0], *shares, shares[-1]]
-    return Calibration(tuple(map(float, score_knots)), tuple(map(float, share_knots)), len(score))
+    index = np.clip((score * KNOTS).astype(int), 0, KNOTS - 1)
+    middle = (np.arange(KNOTS) + 0.5) / KNOTS
+    weight = np.bincount(index, minlength=KNOTS) + PRIOR / KNOTS
+    x = (np.bincount(index, score, KNOTS) + middle * PRIOR / KNOTS) / weight
+    share = _pool((np.bincount(index, hit, KNOTS) + middle * PRIOR / KNOTS) / weight, weight)
+    share = (1 - TILT) * share + TILT * x
+    return Calibration((0.0, *map(float, x), 1.0), (float(share[0]), *map(float, share), float(share[-1])), len(score))
 
 
-def _pool(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[list[float], list[float]]:
-    """Pool adjacent violators: (mean x, mean y) of blocks of rising y."""
-    blocks: list[list[float]] = []  # weight, Σ w·x, Σ w·y
-    for xi, yi, w in zip(x, y, weight, strict=True):
-        blocks.append([float(w), float(w * xi), float(w * yi)])
-        while len(blocks) > 1 and blocks[-2][2] / blocks[-2][0] >= blocks[-1][2] / blocks[-1][0]:
+def _pool(share: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Pool adjacent violators: the nearest rising values to `share` (K,), weighted."""
+    blocks: list[tuple[float, float, int]] = []  # weight, Σ weight · share, how many
+    for y, w in zip(share, weight, strict=True):
+        block = (float(w), float(w * y), 1)
+        while blocks and blocks[-1][1] / blocks[-1][0] >= block[1] / block[0]:
             last = blocks.pop()
-            blocks[-1] = [a + b for a, b in zip(blocks[-1], last, strict=True)]
-    return [b[1] / b[0] for b in blocks], [b[2] / b[0] for b in blocks]
+            block = (last[0] + block[0], last[1] + block[1], last[2] + block[2])
+        blocks.append(block)
+    return np.concatenate([np.full(count, total / w) for w, total, count in blocks])
 
 
 def reliability(score: np.ndarray, hit: np.ndarray, bins: int = BINS) -> dict[str, Any]:

@@ -220,8 +220,11 @@ class _Search:
         weights = Weights(weigh(told[:: max(len(told) // 5000, 1)], 0.001, 1000.0).worth, RARE / len(self.schema))
         odds = weights.odds(told)
         mirror, best = self.schema.mirror(), dict[int, int]()
+        usual = np.log(
+            SWAPS / weights.wrong
+        )  # left for right is the usual mistake, also where only one of them is there
         for k, (n, i, j) in enumerate(where):
-            odds[k] += np.log(10.0) if mirror[i] == j else 0.0  # the usual mistake
+            odds[k] += usual if mirror[i] == j else 0.0
             if odds[k] > max(odds[best[n]] if n in best else 0.0, 0.0):
                 best[n] = k
         found = []
