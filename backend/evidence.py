@@ -22,7 +22,6 @@ LEAST_SCALE = 0.005  # of the object's size: nobody places points more exactly
 RAYLEIGH = 1.1774  # median of a two-dimensional normal distance, in standard deviations
 WITNESSES = ("layout", "model")
 START = np.array([0.7, 0.7])  # what a witness's word is worth before anything is known
-START_WEIGHT = 3.0  # how many labels' worth that belief is
 Pair = tuple[int, int]
 
 
@@ -136,12 +135,15 @@ def logistic(x: np.ndarray | float) -> Any:
     return 1.0 / (1.0 + np.exp(-np.clip(x, -50, 50)))
 
 
-def weigh(evidence: np.ndarray, wrong: float = 0.02, strength: float = 50.0, steps: int = 25) -> Weights:
+def weigh(
+    evidence: np.ndarray, wrong: float = 0.02, strength: float = 50.0, belief: float = 3.0, steps: int = 25
+) -> Weights:
     """Learn the weights from the evidence (M, 2) against M labels, of which most are right but nobody knows which are not.
 
     If a label were exchanged, the evidence would have the opposite sign: so each label is an example of both kinds, and the
     weights are those of a symmetric logistic regression with a share of wrong labels, found by expectation–maximisation. A
-    witness who errs as often as not gets no weight. wrong, strength: the share expected beforehand, and its weight in labels.
+    witness who errs as often as not gets no weight. wrong, strength: the share expected beforehand, and its weight in labels;
+    belief: the same for START.
     """
     worth, share = START.copy(), wrong
     for _ in range(steps):
@@ -151,11 +153,9 @@ def weigh(evidence: np.ndarray, wrong: float = 0.02, strength: float = 50.0, ste
         share = min(max(share, 1e-4), 0.2)
         for _ in range(
             3
-        ):  # Newton: maximise Σ guilty·log σ(w·x) + (1 − guilty)·log σ(−w·x) − |w − START|² / 2 · START_WEIGHT
+        ):  # Newton: maximise Σ guilty·log σ(w·x) + (1 − guilty)·log σ(−w·x) − |w − START|² / 2 · belief
             chance = logistic(evidence @ worth)
-            slope = evidence.T @ (guilty - chance) - START_WEIGHT * (worth - START)
-            curve = (evidence * (chance * (1 - chance))[:, None]).T @ evidence + START_WEIGHT * np.eye(
-                evidence.shape[1]
-            )
+            slope = evidence.T @ (guilty - chance) - belief * (worth - START)
+            curve = (evidence * (chance * (1 - chance))[:, None]).T @ evidence + belief * np.eye(evidence.shape[1])
             worth = np.clip(worth + np.linalg.solve(curve, slope), 0.0, 3.0)
     return Weights(worth, share)

@@ -35,6 +35,7 @@ LEAST = 0.5  # confidence below which nothing is reported
 PASSES = 2  # the second one learns from labels that the first one has put right
 SWAPS = 0.02  # share of pairs expected to be exchanged
 WHOLE = 0.005  # share of objects expected to have all left and right points exchanged
+CAUTION = 20.0  # what is rare cannot teach much about the witnesses: weigh them nearly as usual
 RARE = 0.002  # share of points expected to be exchanged with one that is not their mirror image, or called by its name
 FAR = 0.005  # share of points expected to be far off
 OFTEN = 0.8  # a point that fewer objects have is not missed
@@ -188,7 +189,7 @@ class _Search:
         )
         known = evidence[both]
         sample = known[np.linspace(0, len(known) - 1, min(len(known), 5000)).astype(int)] if len(known) else known
-        weights = Weights(weigh(sample, 0.001, 1000.0).worth, RARE / len(self.schema))
+        weights = Weights(weigh(sample, belief=CAUTION).worth, RARE / len(self.schema))
         found = []
         for n, subject in enumerate(self.subjects):
             odds = np.where(both[n], weights.odds(evidence[n]), -np.inf)
@@ -217,12 +218,10 @@ class _Search:
         if not where:
             return []
         told = np.concatenate(evidence)
-        weights = Weights(weigh(told[:: max(len(told) // 5000, 1)], 0.001, 1000.0).worth, RARE / len(self.schema))
+        weights = Weights(weigh(told[:: max(len(told) // 5000, 1)], belief=CAUTION).worth, RARE / len(self.schema))
         odds = weights.odds(told)
         mirror, best = self.schema.mirror(), dict[int, int]()
-        usual = np.log(
-            SWAPS / weights.wrong
-        )  # left for right is the usual mistake, also where only one of them is there
+        usual = np.log(SWAPS / weights.wrong)  # left for right is the usual mistake
         for k, (n, i, j) in enumerate(where):
             odds[k] += usual if mirror[i] == j else 0.0
             if odds[k] > max(odds[best[n]] if n in best else 0.0, 0.0):
