@@ -37,7 +37,7 @@ REPEAT_SECONDS = 600.0  # the same trouble is written into the log so often
 
 
 class Keeper:
-    """The threads of one process: a heart that keeps the lease; hands, and a post office, that work while it is held."""
+    """The threads of one process: a heart that keeps the lease; hands, a post office and a backstage, that work while it is held."""
 
     def __init__(self, services: Services, rounds: Rounds) -> None:
         self.services, self.rounds = services, rounds
@@ -48,7 +48,7 @@ class Keeper:
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=t, name=f"keeper-{t.__name__}", daemon=True)
-            for t in (self._heart, self._hands, self._post_office)
+            for t in (self._heart, self._hands, self._post_office, self._backstage)
         ]
         self._next_core = self._next_sweep = self._next_due_sweep = self._next_prune = 0.0
         self._paused: dict[str, float] = {}  # what → monotonic time before which it is not tried again
@@ -91,10 +91,28 @@ class Keeper:
                 self._try("posting predictions", partial(work.turn, self._stop))
             self._stop.wait(TICK_SECONDS)
 
+    def _backstage(self) -> None:
+        """Predictions that nobody sees; a slow core holds up nothing else here."""
+        while not self._stop.is_set():
+            made = self._holds.wait(timeout=1.0) and not self._stop.is_set() and self.rehearse()
+            self._stop.wait(0.1 if made else TICK_SECONDS)
+
     # ------------------------------------------------------------ the work
 
+    def rehearse(self) -> bool:
+        """A few predictions in the shadow for each project. Whether there were any to make."""
+        made = False
+        for project in self._projects():
+
+            def work(number: str = project.id) -> None:
+                nonlocal made
+                made = self.shadows.make(number) > 0 or made
+
+            self._try(f"project {project.id}, predictions in the shadow", work)
+        return made
+
     def tick(self) -> None:
-        """One turn of all work. No trouble of one part keeps the others from their turn."""
+        """One turn of the hands' work. No trouble of one part keeps the others from their turn."""
         now = time.monotonic()
         if now >= self._next_core:
             self._next_core = now + CORE_SECONDS

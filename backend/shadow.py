@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import func, select
@@ -45,7 +46,7 @@ def running(session: Session, project: str) -> Comparison | None:
 
 
 class Shadows:
-    """The comparisons of all projects. `step` is called by the keeper, in one process at a time."""
+    """The comparisons of all projects. `step` and `make` are called by the keeper, each in one thread of one process at a time."""
 
     def __init__(self, services: Services) -> None:
         self.services, self.journal = services, services.journal
@@ -53,7 +54,7 @@ class Shadows:
         self._seen: dict[str, tuple[int, ...]] = {}  # project → what there was when it was last looked at
 
     def step(self, project: str) -> None:
-        """Score what was labelled, make a few of the predictions that are wanted, and decide when there are enough."""
+        """Score what was labelled, want the predictions that the comparison needs, and decide when there are enough."""
         with self.journal.reading() as session:
             stand = _stand(session, project)
         if stand != self._seen.get(project):
@@ -61,8 +62,6 @@ class Shadows:
             self._ask(project)
             self._decide(project)
             self._seen[project] = stand
-        if self._make(project):
-            self._seen.pop(project, None)  # there is something new to score
 
     # ------------------------------------------------------------ the comparison
 
@@ -105,14 +104,20 @@ class Shadows:
 
     # ------------------------------------------------------------ making predictions that nobody waits for
 
-    def _make(self, project: str) -> int:
-        """Fill in a few of the wanted predictions; returns how many. None while the core has other work to do."""
+    def make(self, project: str) -> int:
+        """Fill in a few of the wanted predictions, those of a comparison first; how many. None while the core has other work."""
         with self.journal.reading() as session:
             row = session.get(Project, project)
             query = select(Predicted).where(Predicted.project == project, Predicted.controls.is_(None), Predicted.error == "")
-            wanted = session.scalars(query.order_by(Predicted.id).limit(CHUNK)).all()
+            query = query.order_by(Predicted.id).limit(CHUNK)
+            wanted: Sequence[Predicted] = session.scalars(query).all()
             if row is None or not wanted:
                 return 0
+            comparison = running(session, project)
+            if comparison is not None:
+                urgent = Predicted.task.in_(_next_images(session, comparison, self.images))
+                both = Predicted.version.in_((comparison.version, comparison.previous))
+                wanted = session.scalars(query.where(urgent, both)).all() or wanted
             version = session.get_one(Version, wanted[0].version)
             rows = {r.task: r.id for r in wanted if r.version == version.id}
             rows = dict(list(rows.items())[:AT_ONCE])

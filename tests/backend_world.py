@@ -176,11 +176,16 @@ class World:
     def status(self) -> dict[str, Any]:
         return dict(self.client.get("/projects/1/status").get_json())
 
+    def turn(self) -> None:
+        """What the keeper's threads do in a second."""
+        self.keeper.tick()
+        self.keeper.rehearse()
+
     def tick_until(self, done: Callable[[], bool], seconds: float = 20.0) -> None:
         deadline = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < deadline, f"it never came: {self.status()}"
-            self.keeper.tick()
+            self.turn()
             time.sleep(0.02)
 
     def play_round(self) -> dict[str, Any]:
