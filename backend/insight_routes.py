@@ -57,7 +57,7 @@ def what_next(project: str | None = None) -> Response:
 
 @insight.get("/quality")
 def quality(project: str | None = None) -> Response:
-    return jsonify(_chosen(_reports().get("quality", _project(project))))
+    return jsonify(_chosen(_project(project)))
 
 
 @insight.post("/quality/dismiss")
@@ -71,13 +71,14 @@ def dismiss(project: str | None = None) -> Response:
 @insight.post("/quality/mark")
 def mark(project: str | None = None) -> Response:
     number = _project(project)
-    done = review.mark(_services(), number, _chosen(_reports().get("quality", number))["findings"])
+    done = review.mark(_services(), number, _chosen(number)["findings"])
     said = f"{done['tasks']} tasks carry the field '{review.FIELD}' in Label Studio's Data Manager now; filter or sort by it."
     return jsonify({**done, "field": review.FIELD, "message": said})
 
 
-def _chosen(report: dict[str, Any]) -> dict[str, Any]:
-    """The findings that were asked for by ?kind=, ?least= and ?limit=."""
+def _chosen(project: str) -> dict[str, Any]:
+    """The quality report with the findings that were asked for by ?kind=, ?least= and ?limit=."""
+    report = review.without_dismissed(_services().journal, project, _reports().get("quality", project))
     kind, least = request.args.get("kind"), request.args.get("least", "0")
     if kind and kind not in KINDS:
         raise InvalidInput(f"kind is {kind[:40]!r}; expected one of {', '.join(KINDS)}.")

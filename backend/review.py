@@ -43,29 +43,36 @@ MOST_ASKED = 400  # images of a version that are asked for at all
 
 
 def quality_report(journal: Journal, project: str, least: float = LEAST) -> dict[str, Any]:
-    """{"findings": [quality.Finding.to_json() and "id", "control", "skeleton"…], "counts": by kind, "checked": objects, "dismissed"}."""
+    """{"findings": [quality.Finding.to_json() and "id", "control", "skeleton"…], "checked": objects…}."""
     with journal.reading() as session:
         row = session.get(Project, project)
         if row is None:
             raise unknown_project(project)
         config = parse(row.label_config) if row.label_config else None
-        dismissed = dismissed_ids(session, project)
         subjects = {control_key(c): _subjects(session, project, c) for c in config.controls} if config else {}
     told: list[dict[str, Any]] = []
     for control in config.controls if config else ():
         key = control_key(control)
         for finding in find([s for s, _ in subjects[key]], control.schema, control.missing == "absent", least):
             told.append(_told(finding, control, dict(_states(subjects[key]))))
-    kept = sorted((f for f in told if f["id"] not in dismissed), key=lambda f: -f["confidence"])
-    kinds = [f["kind"] for f in kept]
+    told.sort(key=lambda f: -f["confidence"])
     return {
         "project": project,
         "checked": sum(len(found) for found in subjects.values()),
         "with_prediction": sum(s.predicted is not None for found in subjects.values() for s, _ in found),
-        "counts": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        "dismissed": len(told) - len(kept),
-        "findings": kept[:KEPT],
+        "findings": told[:KEPT],
     }
+
+
+def without_dismissed(journal: Journal, project: str, report: dict[str, Any]) -> dict[str, Any]:
+    """A quality report with only the findings that no reviewer has dismissed, and their "counts" by kind."""
+    with journal.reading() as session:
+        events = session.scalars(select(Event).where(Event.project == project, Event.action == DISMISSED))
+        gone = {str(event.about.get("finding")) for event in events}
+    kept = [f for f in report["findings"] if f["id"] not in gone]
+    kinds = [f["kind"] for f in kept]
+    counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    return {**report, "counts": counts, "dismissed": len(report["findings"]) - len(kept), "findings": kept}
 
 
 def dismiss(journal: Journal, project: str, finding: object) -> None:
@@ -76,11 +83,6 @@ def dismiss(journal: Journal, project: str, finding: object) -> None:
         if session.get(Project, project) is None:
             raise unknown_project(project)
     journal.log_event(project, DISMISSED, {"finding": finding})
-
-
-def dismissed_ids(session: Session, project: str) -> set[str]:
-    events = session.scalars(select(Event).where(Event.project == project, Event.action == DISMISSED))
-    return {str(event.about.get("finding")) for event in events}
 
 
 # ---------------------------------------------------------------- what is looked at
@@ -207,6 +209,8 @@ def mark(services: Services, project: str, findings: list[dict[str, Any]]) -> di
     try:
         for task in services.label_studio.tasks(int(project), ids=sorted(changed)) if changed else ():
             number = int(task["id"])
+            if number not in changed:
+                continue
             data = {key: value for key, value in task["data"].items() if key != FIELD}
             text = changed[number]
             services.label_studio.update_task(number, data=data | ({FIELD: text} if text else {}))
