@@ -7,6 +7,7 @@ import os
 import sys
 
 from backend import connect as connecting
+from backend import import_command as importing
 from backend import prelabel_command as prelabelling
 from backend.settings import Settings
 from kptllm_core.errors import KptError
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     connecting.add_arguments(connect)
     prelabel = commands.add_parser("prelabel", help="predictions for all unlabelled tasks of a project, without a time limit")
     prelabelling.add_arguments(prelabel)
+    bring = commands.add_parser("import", help="labels of COCO, DeepLabCut, SLEAP or YOLO files become annotations of a project")
+    importing.add_arguments(bring)
     commands.add_parser("demo", help="the whole tour on this machine: Label Studio, backend and core", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "demo":
@@ -35,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.command == "connect":
             return connecting.run(options)
+        if options.command == "import":
+            return importing.run(options)
         if options.command == "prelabel":
             return prelabelling.run(options)
         from backend.supervisor import supervise

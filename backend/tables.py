@@ -44,6 +44,8 @@ class Project(Base):
     label_config: Mapped[str] = mapped_column(Text, default="")
     config_hash: Mapped[str] = mapped_column(String(64), default="")
     names: Mapped[dict[str, Any]] = mapped_column(default=dict)  # control → names of its points, in order
+    # control → {name: annotations.id}: added to the config later; what was said until then does not speak of that point
+    names_since: Mapped[dict[str, Any]] = mapped_column(default=dict)
     active_version: Mapped[int | None] = mapped_column(BigInteger)  # versions.id; the one pointer to what serves
     labelled: Mapped[int] = mapped_column(Integer, default=0)  # images with at least one point by a person
     step: Mapped[int] = mapped_column(Integer, default=0)  # the largest of 1, 2, 5, 10 that `labelled` has reached
@@ -231,7 +233,7 @@ class Fact(Base):
     """A single value that all processes share: the core's base, the health of Label Studio, …"""
 
     __tablename__ = "facts"
-    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), primary_key=True)
     value: Mapped[dict[str, Any]] = mapped_column(default=dict)
 
 
