@@ -78,23 +78,30 @@ class Finding:
 
 
 def find(
-    subjects: Sequence[Subject], schema: KeypointSchema, absent_is_said: bool = False, least: float = LEAST
+    subjects: Sequence[Subject],
+    schema: KeypointSchema,
+    absent_is_said: bool = False,
+    least: float = LEAST,
+    use_layout: bool = True,
 ) -> list[Finding]:
-    """Everything suspicious, the surest first. absent_is_said: a point that was not placed is said to be absent."""
+    """Everything suspicious, the surest first. absent_is_said: a point that was not placed is said to be absent.
+
+    use_layout: False to hear the model alone.
+    """
     if not subjects:
         return []
-    return _Search(subjects, schema).run(absent_is_said, least)
+    return _Search(subjects, schema, use_layout).run(absent_is_said, least)
 
 
 class _Search:
     """z and cost are put right as exchanges are found, so that what follows is not misled by them."""
 
-    def __init__(self, subjects: Sequence[Subject], schema: KeypointSchema) -> None:
-        self.subjects, self.schema = subjects, schema
+    def __init__(self, subjects: Sequence[Subject], schema: KeypointSchema, use_layout: bool = True) -> None:
+        self.subjects, self.schema, self.use_layout = subjects, schema, use_layout
         self.seen = Witnesses.of(subjects, schema)
         self.z, self.cost = self.seen.z.copy(), self.seen.cost.copy()
         self.names = np.tile(np.arange(len(schema)), (len(subjects), 1))  # [n, k]: which labelled point is taken for k
-        self.covariances = self.seen.covariances(self.z)
+        self.covariances = self.seen.covariances(self.z) if use_layout else {}
 
     def run(self, absent_is_said: bool, least: float) -> list[Finding]:
         found = self._swapped() + self._exchanged() + self._renamed() + self._far_off()
@@ -141,7 +148,7 @@ class _Search:
                 for pair, wrong in zip(verdict.pairs, verdict.likeliest, strict=True):
                     if wrong:
                         self.exchange(verdict.subject, *pair)
-        self.covariances = self.seen.covariances(self.z)
+        self.covariances = self.seen.covariances(self.z) if self.use_layout else {}
 
     def _of_verdict(self, verdict: Verdict) -> list[Finding]:
         subject, names = self.subjects[verdict.subject], self.schema.names
