@@ -13,8 +13,11 @@ from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from backend.tables import Annotation, Task
 from kptllm_core.errors import InvalidInput
+from kptllm_core.keypoints import KeypointSet, Visibility
 from label_config.schema import KeypointControl, LabelConfig
 
 MAX_ID = 2**63
@@ -59,6 +62,27 @@ def control_key(control: KeypointControl) -> str:
 def names_of(config: LabelConfig) -> dict[str, list[str]]:
     """Control → the names of its points, in order."""
     return {control_key(c): list(c.schema.names) for c in config.controls}
+
+
+def names_since(old: dict[str, Any], since: dict[str, Any], new: dict[str, Any], newest: int) -> dict[str, Any]:
+    """`Project.names_since` after the config's names changed from `old` to `new`; newest: annotations.id of the last saying."""
+    if not old:
+        return {}  # the first config that was seen: what was said before was said under it, as far as anybody knows
+    found = {}
+    for key, names in new.items():
+        asked, known = old.get(key, []), since.get(key, {})
+        found[key] = {n: at for n in names if (at := known.get(n, 0) if n in asked else newest)}
+    return found
+
+
+def as_asked(points: KeypointSet, since: dict[str, Any], said: int) -> KeypointSet:
+    """An object's points as annotations.id `said` means them: where `model_missing` is "absent", a point that was added to the
+    config later is not absent but not labelled: nobody was asked for it. since: of its control."""
+    unasked = np.array([since.get(name, 0) >= said for name in points.names], bool) & (points.visibility == Visibility.ABSENT)
+    if not unasked.any():
+        return points
+    seen = np.where(unasked, Visibility.NOT_LABELLED, points.visibility)
+    return KeypointSet(points.names, points.xy, seen, points.score, points.box)
 
 
 def task_row(project: str, body: dict[str, Any], config: LabelConfig | None) -> Task:

@@ -23,7 +23,7 @@ from sqlalchemy.orm import Session
 
 from backend import split
 from backend.database import Turn, make_engines, unavailable, worth_repeating
-from backend.intake import names_of
+from backend.intake import names_of, names_since
 from backend.migrate import bring_up_to_date
 from backend.tables import Annotation, Base, Event, Fact, Project, Task, Version
 from backend.versions import (
@@ -33,6 +33,7 @@ from backend.versions import (
     change_base,
     freeze,
     lock_project,
+    newest_annotation,
     recount,
     serve,
     sizes_missing,
@@ -126,7 +127,9 @@ class Journal:
             row = lock_project(session, project)
             row.title = row.title if title is None else title
             changed = row.config_hash != config.hash
-            row.label_config, row.config_hash, row.names = label_config, config.hash, names_of(config)
+            names = names_of(config)
+            row.names_since = names_since(row.names, row.names_since or {}, names, newest_annotation(session))
+            row.label_config, row.config_hash, row.names = label_config, config.hash, names
             if changed:
                 row.sweep_due = True  # tasks may show other images now
                 recount(session, row, config)

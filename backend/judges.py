@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,10 @@ def interval_of(differences: Sequence[float], level: float) -> list[float]:
     return [float(values.mean()) - half, float(values.mean()) + half]
 
 
+@lru_cache(maxsize=256)
 def t_quantile(share: float, degrees: int) -> float:
     """The value that a t-distributed number stays below with probability `share`; by integration over its angle."""
-    angle = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
+    angle = np.linspace(-math.pi / 2, math.pi / 2, 100_001)
     density = np.cos(angle) ** (degrees - 1)  # t = sqrt(degrees) tan(angle)
     cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return math.sqrt(degrees) * math.tan(float(np.interp(share, cumulative / cumulative[-1], angle)))

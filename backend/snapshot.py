@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from backend import split
-from backend.intake import control_key
-from backend.tables import Annotation, Job, Task, Version
+from backend.intake import as_asked, control_key
+from backend.tables import Annotation, Job, Project, Task, Version
 from kptllm_core.errors import InvalidInput
 from kptllm_core.keypoints import MAX_KEYPOINTS, KeypointSchema, KeypointSet
 from label_config.annotations import read_result
@@ -81,6 +81,7 @@ def _items(
     """Every object of an annotation, its points by name, in pixels of the image as it was fetched."""
     annotation, task = session.get_one(Annotation, candidate.row), session.get_one(Task, (project, candidate.task))
     items = []
+    since = session.get_one(Project, project).names_since or {}
     for control in config.controls:
         facts = task.files.get(task.images.get(control.image_key, ""), {})
         if "sha256" in facts:
@@ -88,6 +89,6 @@ def _items(
             for problem in read.problems:
                 log.warning("annotation %s, %s: %s", annotation.annotation, control_key(control), problem)
             for found in read.objects:
-                points = found.keypoints.reorder(schema.names).to_json()
-                items.append({"image": facts["sha256"], "keypoints": points, "group": candidate.group})
+                points = as_asked(found.keypoints, since.get(control_key(control), {}), annotation.id).reorder(schema.names)
+                items.append({"image": facts["sha256"], "keypoints": points.to_json(), "group": candidate.group})
     return items

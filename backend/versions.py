@@ -13,7 +13,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from backend import split
-from backend.intake import control_key, known_points
+from backend.intake import as_asked, control_key, known_points
 from backend.tables import Annotation, Comparison, Event, Fact, Group, Project, Task, Version
 from kptllm_core.errors import NotFound
 from label_config.annotations import read_result
@@ -155,6 +155,7 @@ def support_entries(
     One object per image and control, the one with the most points. An annotation without a usable object is left out.
     """
     entries: list[tuple[dict[str, Any], str]] = []
+    since = session.get_one(Project, project).names_since or {}
     for candidate in candidates:
         if len(entries) == count:
             break
@@ -166,8 +167,9 @@ def support_entries(
             size = task.files.get(url, {}) if task and url else {}
             objects = read_result(control, annotation.result, size.get("width"), size.get("height")).objects
             if url and objects:
-                best = max(objects, key=lambda o: int(o.keypoints.placed.sum()))
-                controls[control_key(control)] = {"image": url, "keypoints": best.keypoints.to_json()}
+                best = max(objects, key=lambda o: int(o.keypoints.placed.sum())).keypoints
+                best = as_asked(best, since.get(control_key(control), {}), annotation.id)
+                controls[control_key(control)] = {"image": url, "keypoints": best.to_json()}
         if controls:
             entries.append(
                 ({"task": candidate.task, "annotation": annotation.annotation, "controls": controls}, candidate.group)
