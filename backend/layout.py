@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SHRINK = 0.1  # of the mean variance, added to the diagonal: what few examples cannot know
+# What few examples cannot know is added to the diagonal: SHRINK × points / objects of the mean variance, within limits.
+SHRINK, LEAST_SHRINK, MOST_SHRINK = 0.3, 0.02, 0.1
 FREEDOM = 20.0  # degrees of freedom of the tails
+REACH = 2.0  # units of spread: a misplaced point lies anywhere on a disc of this radius
 MIN_POINTS = 3  # an object with fewer says nothing about its layout
 MIN_OBJECTS = 6  # fewer teach nothing
 
@@ -27,7 +29,7 @@ def normalised(xy: np.ndarray, placed: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return z / np.maximum(unit, 1e-9), np.maximum(unit[:, 0], 1e-9)
 
 
-def covariance(z: np.ndarray, placed: np.ndarray, shrink: float = SHRINK) -> np.ndarray:
+def covariance(z: np.ndarray, placed: np.ndarray) -> np.ndarray:
     """(N, K) complex, (N, K) bool → (K, K) Hermitian and positive definite, from the pairs that are there."""
     there = placed.astype(np.float64)
     together = there.T @ there
@@ -35,8 +37,10 @@ def covariance(z: np.ndarray, placed: np.ndarray, shrink: float = SHRINK) -> np.
     # Pairs never seen together say nothing; pairs of different objects may add up to no covariance at all.
     values, vectors = np.linalg.eigh((found + found.conj().T) / 2)
     found = (vectors * np.maximum(values, 0.0)) @ vectors.conj().T
-    spread = float(np.trace(found).real) / len(found)
-    return found + shrink * max(spread, 1e-6) * np.eye(len(found))
+    count = len(found)
+    shrink = min(max(SHRINK * count / max(float(np.median(together)), 1.0), LEAST_SHRINK), MOST_SHRINK)
+    spread = float(np.trace(found).real) / count
+    return found + shrink * max(spread, 1e-6) * np.eye(count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +87,13 @@ class Layout:
     def ratio(self, other: Layout) -> float:
         """How much likelier `other` (the same points under other names) is than this: a log-likelihood ratio."""
         return float(self.energy(self.squared) - self.energy(other.squared))
+
+    def misplaced(self) -> np.ndarray:
+        """(n,) how much likelier the object is with this point anywhere instead of where it is: log-likelihood ratios."""
+        own = self.precision.diagonal().real
+        now = self.squared
+        without = now - np.abs(self.precision @ self.z) ** 2 / own  # of the others alone
+        return self.energy(now) - self.energy(without) - np.log(REACH**2 * own)
 
     def residuals(self) -> np.ndarray:
         """(n,) complex: how far each point lies from where the others say it is, in units of the object's spread."""

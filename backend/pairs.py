@@ -25,7 +25,8 @@ ALL_SETS = 10  # pairs up to which every set is looked at; with more, those near
 class Verdict:
     """What the pairs of one object look like.
 
-    sets: (S, P) bool, the sets of exchanged pairs that were compared; chance: (S,) their probabilities. evidence: (P, 2) for each
+    sets: (S, P) bool, the sets of exchanged pairs that were compared; chance: (S,) their probabilities; odds: log odds of the
+    likeliest against none. evidence: (P, 2) for each
     pair being exchanged, the others being as in the likeliest set; whole: (2,) for all being exchanged at once.
     """
 
@@ -33,6 +34,7 @@ class Verdict:
     pairs: list[Pair]
     sets: np.ndarray
     chance: np.ndarray
+    odds: float
     evidence: np.ndarray
     whole: np.ndarray
 
@@ -112,7 +114,7 @@ class PairModel:
         likeliest = sets[int(odds.argmax())]
         others = likeliest ^ np.eye(count, dtype=bool)  # each with one pair the other way
         change = self.evidence(others) - self.evidence(likeliest[None])
-        return Verdict(subject, self.pairs, sets, chance / chance.sum(),
+        return Verdict(subject, self.pairs, sets, chance / chance.sum(), float(odds.max()),
                        np.where(likeliest[:, None], -change, change), everything)  # fmt: skip
 
     def _odds(self, sets: np.ndarray, weights: Weights) -> np.ndarray:

@@ -102,6 +102,7 @@ class _Search:
         self.z, self.cost = self.seen.z.copy(), self.seen.cost.copy()
         self.names = np.tile(np.arange(len(schema)), (len(subjects), 1))  # [n, k]: which labelled point is taken for k
         self.covariances = self.seen.covariances(self.z) if use_layout else {}
+        self.by_model = _elsewhere(self.seen.gap) * self.seen.trust
 
     def run(self, absent_is_said: bool, least: float) -> list[Finding]:
         found = self._swapped() + self._exchanged() + self._renamed() + self._far_off()
@@ -131,7 +132,7 @@ class _Search:
             models = {n: self._pairs(n) or m for n, m in models.items()}
         verdicts = [m.judge(n, weights, whole) for n, m in models.items()]
         self._put_right(verdicts)
-        return [f for v in verdicts for f in self._of_verdict(v)]
+        return [f for v in verdicts if v.odds >= self.best_alone(v.subject) for f in self._of_verdict(v)]
 
     def _pairs(self, n: int) -> PairModel | None:
         """The pairs of one object as they were labelled, seen by what the others teach now."""
@@ -144,7 +145,7 @@ class _Search:
         self.z, self.cost = self.seen.z.copy(), self.seen.cost.copy()
         self.names[:] = np.arange(len(self.schema))
         for verdict in verdicts:
-            if verdict.anything >= 0.5:
+            if verdict.anything >= 0.5 and verdict.odds >= self.best_alone(verdict.subject):
                 for pair, wrong in zip(verdict.pairs, verdict.likeliest, strict=True):
                     if wrong:
                         self.exchange(verdict.subject, *pair)
@@ -201,7 +202,7 @@ class _Search:
         for n, subject in enumerate(self.subjects):
             odds = np.where(both[n], weights.odds(evidence[n]), -np.inf)
             k = int(odds.argmax())
-            if odds[k] > 0:
+            if odds[k] > max(0.0, self.best_alone(n)):
                 i, j = int(rows[k]), int(columns[k])
                 a, b = self.schema.names[i], self.schema.names[j]
                 reason = f"'{a}' and '{b}' seem to be exchanged: {_witnesses(evidence[n, k])} the other way round."
@@ -235,6 +236,8 @@ class _Search:
                 best[n] = k
         found = []
         for n, k in best.items():
+            if odds[k] < self.best_alone(n):
+                continue
             i, j = where[k][1:]
             a, b = self.schema.names[i], self.schema.names[j]
             reason = f"'{a}' seems to be '{b}': {_witnesses(told[k])} under that name."
@@ -245,33 +248,40 @@ class _Search:
 
     # ------------------------------------------------------------ single points
 
+    def alone(self, n: int) -> np.ndarray:
+        """(K,) log odds that this one point is misplaced, as the labels are taken now; −inf for points that are not there."""
+        odds = np.full(len(self.schema), -np.inf)
+        there = self.seen.placed[n]
+        layout = self.layout(n)
+        odds[there] = np.log(FAR) + START[1] * self.by_model[n, there] * (self.names[n, there] == np.flatnonzero(there))
+        if layout is not None:
+            odds[layout.index] += START[0] * layout.misplaced()
+        return odds
+
+    def best_alone(self, n: int) -> float:
+        """The best that can be said for one misplaced point: what explains more by names must be likelier than that."""
+        return float(self.alone(n).max(initial=-np.inf))
+
     def _far_off(self) -> list[Finding]:
-        """Points that lie elsewhere than both witnesses expect, the worst of an object first."""
-        count = len(self.schema)
-        gaps = np.full((len(self.subjects), count), np.nan)
-        steps = np.zeros((len(self.subjects), count, 2))
-        for n in range(len(self.subjects)):
-            layout = self.layout(n)
-            if layout is not None:
-                residual = layout.residuals() * self.seen.unit[n]
-                gaps[n, layout.index] = np.abs(residual)
-                steps[n, layout.index] = np.stack([residual.real, residual.imag], -1) * self.subjects[n].size
-        by_layout = _elsewhere(gaps)
-        model = np.where(self.names == np.arange(count), self.seen.gap, np.nan)
-        by_model = _elsewhere(model) * self.seen.trust
-        odds = 0.7 * by_layout + 0.7 * by_model + np.log(FAR)
+        """Points that lie elsewhere than the witnesses expect, the worst of an object."""
         found = []
         for n, subject in enumerate(self.subjects):
-            k = int(odds[n].argmax())
-            if odds[n, k] > 0 and self.names[n, k] == k:
-                name = self.schema.names[k]
-                predicted = subject.predicted
-                sure = predicted is not None and predicted.placed[k] and by_model[n, k] > by_layout[n, k]
-                to = predicted.xy[k] if sure and predicted is not None else subject.labelled.xy[k] - steps[n, k]
-                far = float(np.nanmax([gaps[n, k], model[n, k] if sure else 0.0]))
-                told = _witnesses(np.array([by_layout[n, k], by_model[n, k]]))
-                reason = f"'{name}' lies {far:.0%} of the object's size from where it is expected: {told} elsewhere."
-                found.append(Finding(subject, FAR_OFF, (name,), float(logistic(odds[n, k])), reason, {name: _pair(to)}))
+            odds, layout = self.alone(n), self.layout(n)
+            k = int(odds.argmax())
+            if not odds[k] > 0 or self.names[n, k] != k:
+                continue
+            name, predicted = self.schema.names[k], subject.predicted
+            by_layout, residual = 0.0, 0j
+            if layout is not None:
+                at = int(np.flatnonzero(layout.index == k)[0])
+                by_layout, residual = float(layout.misplaced()[at]), layout.residuals()[at] * self.seen.unit[n]
+            to = subject.labelled.xy[k] - np.array([residual.real, residual.imag]) * subject.size
+            far = abs(residual)
+            if predicted is not None and predicted.placed[k] and self.by_model[n, k] > 0.5:
+                to, far = predicted.xy[k], float(self.seen.gap[n, k])
+            told = _witnesses(np.array([by_layout, self.by_model[n, k]]))
+            reason = f"'{name}' lies {far:.0%} of the object's size from where it is expected: {told.replace('them', 'it')} elsewhere."
+            found.append(Finding(subject, FAR_OFF, (name,), float(logistic(odds[k])), reason, {name: _pair(to)}))
         return found
 
     def _missing(self) -> list[Finding]:
