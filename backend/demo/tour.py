@@ -16,7 +16,7 @@ import requests
 from backend.demo.measure import pck
 from backend.demo.project import DemoProject
 from backend.demo.samples import Picture, choose
-from backend.rounds import decide
+from backend.judges import decide
 from kptllm_core.errors import DataError, KptError, Unavailable
 
 EXAMPLES = 5
