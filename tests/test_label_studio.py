@@ -403,6 +403,13 @@ def test_every_call_on_the_real_one(
     with pytest.raises(NotFound):
         list(studio.tasks(999_999))
 
+    # A task's data are changed as a whole; a new field is a column that can be filtered for
+    checked = {**everything[3]["data"], "label_check": "swapped: left_ear, right_ear"}
+    assert studio.update_task(imported[0], data=checked)["data"] == checked
+    assert studio.task(imported[0], project)["data"] == checked
+    studio.update_task(imported[0], data=everything[3]["data"])
+    assert studio.task(imported[0], project)["data"] == everything[3]["data"]
+
     # Annotations, and what changed since
     made = studio.annotate(uploads[0], [POINT], lead_time=3.0)
     assert studio.update_annotation(made["id"], result=[POINT, POINT | {"id": "k2"}])["id"] == made["id"]

@@ -36,6 +36,16 @@ return stage.find('Circle').filter(c => c.isVisible() && c.radius() > 0).map(c =
     return {x: 100 * (at.x - origin.x) / (image.width() * scale.x), y: 100 * (at.y - origin.y) / (image.height() * scale.y)};
 })
 """
+# What a drag, the delete key and the button Submit end up calling.
+MOVE = """
+const r = window.Htx.annotationStore.selected.regionStore.regions.find(r => r.labels && r.labels.includes(arguments[0]));
+r.setPosition(r.parent.internalToCanvasX(r.x + arguments[1]), r.parent.internalToCanvasY(r.y));
+r.notifyDrawingFinished();
+"""
+DELETE = """
+const a = window.Htx.annotationStore.selected;
+a.deleteRegion(a.regionStore.regions.find(r => r.labels && r.labels.includes(arguments[0])));
+"""
 PAINTED = """
 const stage = window.Konva && window.Konva.stages[0], image = stage && stage.findOne('Image');
 return !!image && image.width() > 1 && !!window.Htx.annotationStore.selected
@@ -79,6 +89,16 @@ class LabellingPage:
     def circles(self) -> list[Drawn]:
         """Circles on the canvas: where the points really were painted."""
         return [Drawn(c["x"], c["y"]) for c in self.driver.execute_script(CIRCLES)]
+
+    def move(self, label: str, percent: float) -> None:
+        """Move a point to the right, by per cent of the image's width."""
+        self.driver.execute_script(MOVE, label, percent)
+
+    def delete(self, label: str) -> None:
+        self.driver.execute_script(DELETE, label)
+
+    def submit(self) -> None:
+        self.driver.execute_script("window.Htx.submitAnnotation()")
 
     def screenshot(self, path: Path) -> None:
         self.driver.save_screenshot(str(path))
