@@ -181,7 +181,7 @@ class World:
         self.keeper.tick()
         self.keeper.rehearse()
 
-    def tick_until(self, done: Callable[[], bool], seconds: float = 20.0) -> None:
+    def tick_until(self, done: Callable[[], bool], seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < deadline, f"it never came: {self.status()}"
