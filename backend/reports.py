@@ -53,7 +53,7 @@ class Reports:
         return {**kept["report"], "stale": False}
 
     def turn(self, project: str) -> None:
-        """Fit the calibration, ask for predictions that are missing, and make one of the slow reports that are out of date."""
+        """Fit the calibration, ask for predictions that are missing, and make one report that is missing, or slow and old."""
         state = self._state(project)
         if state != self._seen.get(project):
             ranking.refresh(self.journal, project, self.services.settings.tolerance)
@@ -64,7 +64,7 @@ class Reports:
             if now < self._not_before.get((name, project), 0.0):
                 continue
             kept = self.journal.fact(fact_name(f"report-{name}", project))
-            if kept and kept["seconds"] > QUICK and kept["state"] != state:
+            if not kept or (kept["seconds"] > QUICK and kept["state"] != state):
                 made = self._make(name, project, state)
                 self._not_before[name, project] = time.monotonic() + made["seconds"] / SHARE
                 return
