@@ -1,7 +1,7 @@
 """The backend's HTTP face: routes and wiring only. Every project's routes also answer below /projects/<id>.
 
 What Label Studio calls: /health, /setup, /predict, /webhook, /train, /versions, /job_status, /metrics. What people and
-programs call: /, /projects/<id>/status, …/versions/<version>/activate, …/jobs/<job>/cancel.
+programs call: /projects/<id>/status, …/versions/<version>/activate, …/jobs/<job>/cancel; their page is page.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 from typing import Any
 from urllib.parse import urlsplit
 
-from flask import Blueprint, Flask, Response, current_app, g, jsonify, render_template, request
+from flask import Blueprint, Flask, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import HTTPException
 
 from backend import prelabel
@@ -24,6 +24,7 @@ from backend.intake import project_of
 from backend.judge_routes import judging
 from backend.keeper import Keeper
 from backend.model import KptLLMBackend
+from backend.page import POLICY, error_page, is_page, pages
 from backend.prediction import failed
 from backend.reports import Reports
 from backend.rounds import Rounds
@@ -52,13 +53,13 @@ def create_app(services: Services) -> Flask:
     app.register_blueprint(judging, name="project_judging", url_prefix="/projects/<project>")
     app.register_blueprint(insight)
     app.register_blueprint(insight, name="project_insight", url_prefix="/projects/<project>")
+    app.register_blueprint(pages)
     app.extensions["reports"] = Reports(services)
     app.before_request(admit)
     app.after_request(_finish)
     app.register_error_handler(KptError, _told)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _internal)
-    app.get("/")(page)
     return app
 
 
@@ -222,15 +223,6 @@ def prelabel_cancel(project: str | None = None) -> Response:
     return jsonify(prelabel.prelabel_state(_services(), prelabel.cancel(_services(), _project(project, body))))
 
 
-def page() -> str:
-    """The plain page: projects, versions, how to connect."""
-    services = _services()
-    known = [project_status(services, _rounds(), p["project"]) for p in project_list(services)]
-    return render_template(
-        "index.html", projects=known, health=health_report(services), settings=services.settings, here=request.host_url
-    )
-
-
 # ---------------------------------------------------------------- admission and limits
 
 
@@ -367,15 +359,14 @@ def _rounds() -> Rounds:
 
 def _finish(response: Response) -> Response:
     response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Content-Security-Policy"] = (
-        "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
-    )
-    response.headers["Cache-Control"] = "no-store"
+    response.headers["Content-Security-Policy"] = POLICY
+    response.headers["Referrer-Policy"] = "same-origin"
+    response.headers.setdefault("Cache-Control", "no-store")
     return response
 
 
 def _told(error: KptError) -> tuple[Response, int]:
-    response = jsonify(error=error.to_json())
+    response = Response(error_page(error)) if is_page() else jsonify(error=error.to_json())
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = 'Basic realm="keypoint backend", charset="UTF-8"'
     if error.status >= 500:
