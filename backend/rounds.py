@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 from sqlalchemy import func, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from backend import shadow, split
 from backend.judges import decide
@@ -123,10 +123,10 @@ class Rounds:
             return session.scalars(query.limit(1)).first()
 
     def history(self, project: str) -> list[Job]:
-        """Every round of a project, the newest first."""
+        """Every round of a project, the newest first, without their snapshots, which are large."""
         with self.journal.reading() as session:
             query = select(Job).where(Job.project == project).order_by(Job.round.desc(), Job.created_at.desc())
-            return list(session.scalars(query))
+            return list(session.scalars(query.options(defer(Job.snapshot), defer(Job.support))))
 
     def cancel(self, job: str, why: str = "cancelled by a person") -> Job:
         """End a round without a result. What was served before serves on."""
@@ -212,8 +212,9 @@ class Rounds:
             support = [entry for entry, _ in support_entries(session, job.project, config, order, split.MAX_SUPPORT)]
             snapshot = round_body(session, job, config, version, train, heldout, support, self.settings.round_seconds)
         text = json.dumps(snapshot, sort_keys=True)
+        images = {part: len({item["image"] for item in snapshot[part]}) for part in ("train", "heldout")}
         used = f"{len(train)} images to train on, {len(heldout)} held out"
-        self._update(job.id, "requested", state="prepared", adapter=snapshot["name"], parent=version.id, upto=upto, snapshot=snapshot,
+        self._update(job.id, "requested", state="prepared", adapter=snapshot["name"], parent=version.id, upto=upto, snapshot=snapshot, images=images,
                      snapshot_hash=hashlib.sha256(text.encode()).hexdigest(), support=support, config_hash=config.hash,
                      message=f"{used}. {_list(left_out)}".strip())  # fmt: skip
 

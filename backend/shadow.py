@@ -31,6 +31,7 @@ from label_config.schema import LabelConfig, parse
 
 log = logging.getLogger(__name__)
 AT_ONCE = 4  # images for which the core is asked in the shadow
+TRIES = 5  # after which a prediction that cannot be had at the moment is given up
 SECONDS = 20.0  # the longest that one such request may take
 
 
@@ -52,11 +53,15 @@ class Shadows:
         self.services, self.journal = services, services.journal
         self.images = services.settings.shadow_images
         self._seen: dict[str, tuple[int, ...]] = {}  # project → what there was when it was last looked at
+        self._made: dict[str, int] = {}  # project → how many predictions were made here
+        self._tries: dict[int, int] = {}  # predictions.id → how often it could not be had
 
     def step(self, project: str) -> None:
         """Score what was labelled, want the predictions that the comparison needs, and decide when there are enough."""
         with self.journal.reading() as session:
-            stand = _stand(session, project)
+            said = session.scalar(select(func.max(Annotation.id)).where(Annotation.project == project)) or 0
+            comparison = running(session, project)
+            stand = (said, comparison.id if comparison else 0, self._made.get(project, 0))
         if stand != self._seen.get(project):
             score_new(self.journal, project)
             self._ask(project)
@@ -105,59 +110,62 @@ class Shadows:
     # ------------------------------------------------------------ making predictions that nobody waits for
 
     def make(self, project: str) -> int:
-        """Fill in a few of the wanted predictions, those of a comparison first; how many. None while the core has other work."""
+        """Fill in a few of the wanted predictions, those of a comparison first; returns how many. None while somebody waits for
+        the core, and only those of a comparison while it trains."""
         with self.journal.reading() as session:
-            row = session.get(Project, project)
-            query = select(Predicted).where(Predicted.project == project, Predicted.controls.is_(None), Predicted.error == "")
-            query = query.order_by(Predicted.id).limit(CHUNK)
-            wanted: Sequence[Predicted] = session.scalars(query).all()
-            if row is None or not wanted:
+            wanted, needed = self._wanted(session, project)
+            if not wanted:
                 return 0
-            comparison = running(session, project)
-            if comparison is not None:
-                urgent = Predicted.task.in_(_next_images(session, comparison, self.images))
-                both = Predicted.version.in_((comparison.version, comparison.previous))
-                wanted = session.scalars(query.where(urgent, both)).all() or wanted
-            version = session.get_one(Version, wanted[0].version)
-            rows = {r.task: r.id for r in wanted if r.version == version.id}
-            rows = dict(list(rows.items())[:AT_ONCE])
+            row, version = session.get_one(Project, project), session.get_one(Version, wanted[0].version)
+            rows = {r.task: r.id for r in [r for r in wanted if r.version == version.id][:AT_ONCE]}
             config = parse(row.label_config)
             problem = cannot_serve(session, row, version)
             tasks = [_task(session, project, task) for task in rows]
             boxes = {task: boxes_for(session, config, project, task) for task in rows}
         if problem:
-            return self._refuse(rows, f"{version.name} {problem}.")
-        if int(self.services.core.health().get("waiting") or 0):
+            return self._keep(project, rows, {}, dict.fromkeys(rows, f"{version.name} {problem}."))
+        core = self.services.core.health()
+        if core.get("waiting") or (core.get("training") and not needed):
             return 0
         prediction = Prediction(self.services, project, config, version, tasks, None, time.monotonic() + SECONDS, boxes)
         try:
             results = prediction.run()
         except ArtifactError as error:
-            return self._refuse(rows, error.message)
-        errors = {
-            task: str(result["error"]["message"])
-            for task, result in zip(rows, results, strict=True)
-            if "error" in result and result["model_version"] == version.name  # otherwise it is worth another try
-        }
-        empty = f"{version.name} was given no box to look into, and the label config lets it find none."
+            return self._keep(project, rows, {}, dict.fromkeys(rows, error.message))
+        failed = {}
+        for task, result in zip(rows, results, strict=True):
+            if "error" in result:
+                self._tries[rows[task]] = self._tries.get(rows[task], 0) + 1
+                if result["model_version"] == version.name or self._tries[rows[task]] >= TRIES:  # else it may be had later
+                    failed[task] = str(result["error"]["message"])
+            elif task not in prediction.made:
+                failed[task] = f"{version.name} was given no box to look into, and the label config lets it find none."
+        return self._keep(project, rows, prediction.made, failed)
 
+    def _wanted(self, session: Session, project: str) -> tuple[Sequence[Predicted], bool]:
+        """Some of the rows that are asked for and not made, and whether a comparison needs them."""
+        query = select(Predicted).where(Predicted.project == project, Predicted.controls.is_(None), Predicted.error == "")
+        query = query.order_by(Predicted.id).limit(CHUNK)
+        comparison = running(session, project)
+        if comparison is not None:
+            urgent = Predicted.task.in_(_next_images(session, comparison, self.images))
+            both = Predicted.version.in_((comparison.version, comparison.previous))
+            needed = session.scalars(query.where(urgent, both)).all()
+            if needed:
+                return needed, True
+        return session.scalars(query).all(), False
+
+    def _keep(self, project: str, rows: dict[int, int], made: dict[int, tuple[Any, float]], failed: dict[int, str]) -> int:
         def change(session: Session) -> int:
-            for task, (controls, score) in prediction.made.items():
+            for task, (controls, score) in made.items():
                 keep_shadow(session, rows[task], controls, score)
-            for task, result in zip(rows, results, strict=True):
-                if task in errors or ("error" not in result and task not in prediction.made):
-                    keep_shadow(session, rows[task], None, 0.0, errors.get(task, empty))
-            return len(prediction.made) + len(errors)
+            for task, why in failed.items():
+                keep_shadow(session, rows[task], None, 0.0, why)
+            return len(made) + len(failed)
 
-        return self.journal.write(change)
-
-    def _refuse(self, rows: dict[int, int], why: str) -> int:
-        def change(session: Session) -> int:
-            for row in rows.values():
-                keep_shadow(session, row, None, 0.0, why)
-            return len(rows)
-
-        return self.journal.write(change)
+        done = self.journal.write(change)
+        self._made[project] = self._made.get(project, 0) + done
+        return done
 
 
 # ---------------------------------------------------------------- inside a transaction
@@ -239,13 +247,3 @@ def _roll_back(session: Session, row: Project, comparison: Comparison, said: str
 def _task(session: Session, project: str, number: int) -> dict[str, Any]:
     task = session.get(Task, (project, number))
     return {"id": number, "data": dict(task.images) if task else {}}
-
-
-def _stand(session: Session, project: str) -> tuple[int, ...]:
-    """Grows, or changes, whenever there may be something to score or to decide."""
-    predicted = session.execute(
-        select(func.max(Predicted.id), func.count()).where(Predicted.project == project, Predicted.controls.is_not(None))
-    ).one()
-    comparison = running(session, project)
-    said = session.scalar(select(func.max(Annotation.id)).where(Annotation.project == project))
-    return tuple(int(v or 0) for v in (*predicted, said, comparison.id if comparison else 0))

@@ -143,17 +143,13 @@ def job_state(job: Job) -> dict[str, Any]:
         "asked_by": job.trigger,
         "round": job.round,
         "progress": job.progress,
-        "train_images": _images(job, "train"),
-        "heldout_images": _images(job, "heldout"),
+        "train_images": job.images.get("train"),
+        "heldout_images": job.images.get("heldout"),
         "model_version": job.version,
         "promoted": job.promoted,
         "created_at": job.created_at,
         "finished_at": job.finished_at,
     }
-
-
-def _images(job: Job, part: str) -> int | None:
-    return len({item["image"] for item in job.snapshot[part]}) if job.snapshot else None
 
 
 def metrics_text(services: Services, rounds: Rounds) -> str:

@@ -207,6 +207,7 @@ class Job(Base):
     upto: Mapped[int] = mapped_column(BigInteger, default=0)  # annotations.id up to which it knows corrections
     snapshot: Mapped[dict[str, Any] | None] = mapped_column(JSON)  # the body that is sent to the core
     snapshot_hash: Mapped[str] = mapped_column(String(64), default="")
+    images: Mapped[dict[str, Any]] = mapped_column(default=dict)  # how many it has: {"train", "heldout"}
     support: Mapped[list[Any]] = mapped_column(default=list)
     config_hash: Mapped[str] = mapped_column(String(64), default="")
     core_job: Mapped[str | None] = mapped_column(Text)
