@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy import select
 
 from backend import ranking
 from backend.anchoring import is_unaided
 from backend.calibration import Calibration
 from backend.reports import Reports
+from backend.tables import Predicted
 from backend_world import CONFIG, World, region, world
 from small_server import Answer, Request, reply
 
@@ -307,7 +309,13 @@ def test_predictions_that_quality_control_lacks_are_made_in_the_shadow(here: Wor
         task(here, n)
     here.label(1, 2, 3)
     assert get(here, "/quality")["with_prediction"] == 0
-    here.tick_until(lambda: get(here, "/quality")["with_prediction"] == 3)
+
+    def made() -> int:
+        with here.services.journal.reading() as session:
+            return len(session.scalars(select(Predicted.id).where(Predicted.controls.is_not(None))).all())
+
+    here.tick_until(lambda: made() == 3)
+    assert get(here, "/quality")["with_prediction"] == 3
 
 
 # ---------------------------------------------------------------- reports
