@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ class Stack:
     label_studio: str
     login: Login
     backend: str
+    environment: dict[str, str]  # for `python -m backend …` beside it
 
     def tour(self, material: Material) -> Tour:
         """A new project with these images, connected to the backend."""
@@ -42,12 +44,15 @@ def stack(
     url, login = label_studio_server
     port, core = free_port(), free_port()
     backend = f"http://{LOOPBACK}:{port}"
-    service = product(tmp_path_factory.mktemp("product"), {
+    folder = tmp_path_factory.mktemp("product")
+    service = product(folder, {
         "LABEL_STUDIO_URL": url, "LABEL_STUDIO_API_KEY": login.token, "HOST": LOOPBACK, "PORT": str(port),
         "CORE_PORT": str(core), "CORE_URL": "", "MODEL": tiny_model, "ROUND_SECONDS": str(ROUND_SECONDS),
     })  # fmt: skip
     service.start(answers(f"{backend}/health", "base"), 300)
-    yield Stack(url, login, backend)
+    beside = {"LABEL_STUDIO_URL": url, "LABEL_STUDIO_API_KEY": login.token,
+              "CORE_URL": f"http://{LOOPBACK}:{core}", "DATA_DIR": str(folder / "backend")}  # fmt: skip
+    yield Stack(url, login, backend, {**os.environ, **beside})
     service.stop()
 
 
