@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import re
 import socket
 import threading
 import time
@@ -379,24 +378,3 @@ def test_a_burst_of_webhooks_is_stored_whole(served: tuple[World, str]) -> None:
     assert here.status()["labelled"] == 20
     here.keeper.tick()
     assert here.status()["job"]["round"] == 1
-
-
-# ---------------------------------------------------------------- the page
-
-
-def test_the_page_shows_projects_and_how_to_connect(here: World) -> None:
-    here.webhook("PROJECT_UPDATED", config=CONFIG)
-    here.label(*range(1, 13))
-    here.play_round()
-    with here.services.journal.reading() as session:
-        from backend.tables import Project
-
-        session.get_one(Project, "1")
-    here.services.journal.observe("1", CONFIG, here.services.base(), "<script>alert(1)</script>")
-    page = here.client.get("/").get_data(as_text=True)
-    assert "python -m backend connect --url" in page and "--backend-url http://localhost" in page
-    assert here.status()["model_version"] in page
-    assert "Promoted: better" in page
-    assert "<script>" not in page
-    assert not re.search(r"(src|href)=", page)
-    assert here.client.get("/").headers["Content-Security-Policy"].startswith("default-src 'none'")

@@ -1,0 +1,322 @@
+"""The page for people: what it tells in every state, that it needs nothing from elsewhere, that it can be read and operated by all."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import kptllm_core.predictor  # noqa: F401 - it loads torch, which no test shall wait for within its time
+from backend import charts, overlays
+from backend.page import FILES, FOLDER
+from backend_world import CONFIG, World, world
+from page_world import Beetles, beetles
+from small_server import Answer
+
+VIEWS = ("", "view/versions", "view/compare", "view/next", "view/labels", "view/now")
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[World]:
+    with world(tmp_path) as made:
+        made.webhook("PROJECT_UPDATED", config=CONFIG)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beetles]:
+    """A project with a promoted round, corrections after it, an exchanged label and two people."""
+    with beetles(tmp_path_factory.mktemp("beetles")) as found:
+        found.label(*range(1, 15))
+        found.label(15, wrong=True)
+        found.label(3, 5, by=2, off=1.5)
+        found.round(0.31, 0.62)
+        found.correct(30, 31, 32)
+        found.here.predict(*[found.task(n) for n in (70, 71)], found.task(72, look=70))
+        found.settle()
+        yield found
+
+
+def html(here: World, path: str = "/projects/1/") -> str:
+    answer = here.client.get(path, headers={"Accept": "text/html"})
+    assert answer.status_code == 200, answer.get_data(as_text=True)
+    assert answer.mimetype == "text/html"
+    return str(answer.get_data(as_text=True))
+
+
+def words(page: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+# ---------------------------------------------------------------- what it tells
+
+
+def test_the_first_page_lists_projects_and_how_to_connect_one(here: World) -> None:
+    here.label(*range(1, 13))
+    here.play_round()
+    here.services.journal.observe("1", CONFIG, here.services.base(), "<script>alert(1)</script>")
+    page = html(here, "/")
+    assert "python -m backend connect --url" in page and "--backend-url http://localhost" in page
+    assert here.status()["model_version"] in page and "Promoted: better" in page
+    assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&lt;script&gt;" in html(here) and "<script>" not in html(here)
+
+
+def test_without_projects_it_says_what_to_do(tmp_path: Path) -> None:
+    with world(tmp_path) as here:
+        assert "The command below attaches the first one" in html(here, "/")
+
+
+def test_whoever_asks_for_json_gets_it(here: World) -> None:
+    wanted = {"Accept": "application/json"}
+    assert here.client.get("/", headers=wanted).get_json()["projects"][0]["project"] == "1"
+    assert here.client.get("/projects/1/", headers=wanted).get_json() == here.status()
+    assert here.client.get("/projects/9/", headers=wanted).get_json()["error"]["code"] == "not_found"
+    missing = here.client.get("/projects/9/", headers={"Accept": "text/html"})
+    assert missing.status_code == 404 and "Project 9 is not known here" in missing.get_data(as_text=True)
+    assert here.client.get("/projects/9/").mimetype == "text/html"  # whoever does not care
+    assert here.client.get("/page/app.py").status_code == 404
+
+
+def test_with_few_images_it_says_few_shot_only_and_how_many_are_missing(here: World) -> None:
+    here.label(1, 2, 3)
+    said = words(html(here))
+    assert "Few-shot only. 3 of 10 images are labelled: 7 more until the first round." in said
+    assert re.search(r'id="start" disabled', html(here))
+    answer = here.client.post("/projects/1/start", json={})
+    assert answer.status_code == 200 and "3 of 10 labelled images: too few" in answer.get_json()["message"]
+    for view in VIEWS:
+        html(here, f"/projects/1/{view}")
+
+
+def test_a_project_without_a_label_config_has_all_pages(here: World) -> None:
+    here.webhook("ANNOTATION_CREATED", config=None, project=2, annotation=here.annotation(1), task=here.task(1))
+    for view in VIEWS:
+        html(here, f"/projects/2/{view}")
+
+
+def test_a_round_is_started_watched_and_cancelled(here: World) -> None:
+    here.label(*range(1, 13))
+    here.train_seconds = 30.0
+    assert here.client.post("/projects/1/start", json={}).status_code == 202
+    here.tick_until(lambda: bool(here.status()["job"]["progress"].get("steps")))
+    page = html(here, "/projects/1/view/now")
+    assert re.search(r'<progress id="progress" aria-labelledby="progress-text" max="2" value="1">', page)
+    assert 'data-every="2"' in page and "loss 0.500" in page
+    assert here.status()["job"]["asked_by"] == "Start training on the page"
+    cancel = re.search(r'action="([^"]*/jobs/[^"]*/cancel)"', page)
+    assert cancel and here.client.post(cancel[1], json={}).status_code == 200
+    assert "Round 1, cancelled." in words(html(here, "/projects/1/view/now"))
+
+
+def test_the_curves_stand_against_the_people(made: Beetles) -> None:
+    page = html(made.here)
+    said = words(page)
+    assert "two people agree" in said and "images labelled by several" in said
+    assert "held-out images" in said and "the next images" in said and "all by hand" in said
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td>', page)
+    assert ("examples only", "31.0 %") in rows and ("1", "62.0 %") in rows
+    assert page.count("<circle") > 20, "the examples' points are drawn"
+    assert "On trial" in said
+
+
+def test_versions_can_be_served_pinned_and_rolled_back(made: Beetles) -> None:
+    page = html(made.here, "/projects/1/view/versions")
+    status = made.here.status()
+    assert f'aria-label="Roll back to {status["previous"]}"' in page
+    actions = re.findall(r'<form method="post" action="([^"]*)"', page)
+    assert {a.rpartition("/")[2] for a in actions} == {"rollback", "pin", "activate"}
+    assert made.here.client.post(f"/projects/1/versions/{status['model_version']}/pin", json={}).status_code == 200
+    page = html(made.here, "/projects/1/view/versions")
+    assert 'action="/projects/1/unpin"' in page and "is pinned" in words(page)
+    assert made.here.client.post("/projects/1/unpin", json={}).status_code == 200
+
+
+def test_two_versions_are_drawn_over_the_same_images(made: Beetles) -> None:
+    page = html(made.here, "/projects/1/view/compare")
+    if "Make the missing predictions" in page:
+        action = re.search(r'action="([^"]*/compare[^"]*)"', page)
+        assert action and made.here.client.post(action[1].replace("&amp;", "&"), json={}).status_code == 202
+        made.settle()
+        page = html(made.here, "/projects/1/view/compare")
+    assert page.count('class="dot"') > 2 * 5 * 4 and page.count('class="ring"') > 40
+    picture = re.search(r'<image href="([^"]*)"', page)
+    assert picture
+    answer = made.here.client.get(picture[1].replace("&amp;", "&"))
+    assert answer.status_code == 200 and answer.mimetype == "image/jpeg"
+    assert "has no version" in html(made.here, "/projects/1/view/compare?a=nothing")
+
+
+def test_what_to_label_next_leads_into_label_studio(made: Beetles) -> None:
+    page = html(made.here, "/projects/1/view/next")
+    assert f'href="{made.here.settings.label_studio_url}/projects/1/data?task=71"' in page
+    assert "nearly the same as task 70" in page
+    assert made.here.client.get("/projects/1/view/next?limit=0").status_code == 400
+
+
+def test_findings_are_shown_with_pictures_and_dismissed(made: Beetles) -> None:
+    page = html(made.here, "/projects/1/view/labels")
+    assert "Left and right exchanged" in page and 'class="cross"' in page
+    finding = re.search(r'data-body="{&#34;finding&#34;: &#34;(\w{16})&#34;}"', page)
+    assert finding
+    assert made.here.client.post("/projects/1/quality/dismiss", json={"finding": finding[1]}).status_code == 200
+    assert finding[1] not in html(made.here, "/projects/1/view/labels")
+    assert made.here.client.get("/projects/1/view/labels?kind=odd").status_code == 400
+
+
+def test_what_no_longer_fits_the_label_config_is_listed(tmp_path: Path) -> None:
+    with world(tmp_path) as here:
+        here.label(*range(1, 13))
+        here.play_round()
+        here.webhook("PROJECT_UPDATED", config=CONFIG.replace('"tail"', '"back"'))
+        said = words(html(here))
+        assert "Set aside since the label config changed" in said
+        assert "it learned tail, which the config lacks" in said and "tail (12 points)" in said
+
+
+# ---------------------------------------------------------------- how it is made
+
+
+def test_nothing_comes_from_elsewhere_and_nothing_is_inline(made: Beetles) -> None:
+    for path in ("/", *(f"/projects/1/{view}" for view in VIEWS)):
+        page = html(made.here, path)
+        loaded = re.findall(r'<(?:img|script|image|link)[^>]*?(?:src|href)="([^"]*)"', page)
+        assert all(address.startswith("/") and not address.startswith("//") for address in loaded)
+        assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! src=)|javascript:", page)
+    policy = made.here.client.get("/").headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "*" not in policy and "http" not in policy
+    for name in FILES:
+        text = (FOLDER / name).read_text()
+        assert not re.search(r"(?<!xmlns=\")https?://|@import|url\(|eval\(|innerHTML", text)
+        assert made.here.client.get(f"/page/{name}").mimetype == FILES[name]
+
+
+def test_the_page_is_behind_the_same_login(tmp_path: Path) -> None:
+    with world(tmp_path, basic_auth_user="me", basic_auth_pass="word") as here:
+        for path in ("/", "/projects/1/", "/projects/1/view/labels", "/page/page.js"):
+            answer = here.client.get(path, headers={"Accept": "text/html"})
+            assert answer.status_code == 401 and answer.headers["WWW-Authenticate"].startswith("Basic")
+        assert here.client.get("/", auth=("me", "word")).status_code == 200
+        assert here.client.post("/projects/1/start", json={}).status_code == 401
+
+
+def test_another_sites_page_cannot_start_a_round(here: World) -> None:
+    for origin in ("http://evil.example", "null"):
+        assert here.client.post("/projects/1/start", json={}, headers={"Origin": origin}).status_code == 401
+    assert here.client.get("/").headers["Referrer-Policy"] == "same-origin"  # no-referrer would send `null` from here, too
+
+
+class Outline(HTMLParser):
+    """What assistive technology makes of a page: ids, references to them, names of what can be operated."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.headings: list[int] = []
+        self.nameless: list[str] = []
+        self.open: list[tuple[str, bool]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if found.get("id"):
+            self.ids.append(str(found["id"]))
+        self.references += str(found.get("aria-labelledby") or "").split()
+        if re.fullmatch(r"h[1-6]", tag):
+            self.headings.append(int(tag[1]))
+        if tag == "img" and "alt" not in found:
+            self.nameless.append(tag)
+        if tag in ("progress",) and not found.get("aria-labelledby"):
+            self.nameless.append(tag)
+        if found.get("role") == "img" and not (found.get("aria-label") or found.get("aria-labelledby")):
+            self.nameless.append(tag)
+        if tag in ("a", "button"):
+            self.open.append((tag, bool(found.get("aria-label"))))
+
+    def handle_data(self, data: str) -> None:
+        if self.open and data.strip():
+            self.open[-1] = (self.open[-1][0], True)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("a", "button"):
+            name, named = self.open.pop()
+            if not named:
+                self.nameless.append(name)
+
+
+def test_everything_has_a_name_and_headings_follow_each_other(made: Beetles) -> None:
+    for path in ("/", *(f"/projects/1/{view}" for view in VIEWS if view != "view/now")):
+        page = html(made.here, path)
+        outline = Outline(page)
+        assert len(outline.ids) == len(set(outline.ids)), path
+        assert set(outline.references) <= set(outline.ids), path
+        assert outline.nameless == [], path
+        assert outline.headings[0] == 1 and outline.headings.count(1) == 1, path
+        assert all(b - a <= 1 for a, b in itertools.pairwise(outline.headings)), path
+        assert '<html lang="en">' in page and 'class="skip"' in page and 'aria-live="polite"' in page
+
+
+def _schemes() -> dict[str, dict[str, str]]:
+    light, dark = re.findall(r":root \{(.*?)\n\s*\}", (FOLDER / "page.css").read_text(), re.S)
+    return {name: dict(re.findall(r"--([\w-]+): (#\w{6})", text)) for name, text in (("light", light), ("dark", dark))}
+
+
+def _contrast(one: str, other: str) -> float:
+    """WCAG 2's contrast ratio."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_apart(scheme: str) -> None:
+    c = _schemes()[scheme]
+    text = [("text", "bg"), ("text", "card"), ("soft", "bg"), ("soft", "card"), ("accent", "card"), ("accent", "bg"), ("accent", "tint"),
+            ("on-accent", "accent"), ("judge", "card"), ("next", "card"), ("floor", "card"), ("good", "card"), ("warn", "card"),
+            ("text", "warn-bg"), ("text", "bad-bg")]  # fmt: skip
+    assert {pair: round(_contrast(c[pair[0]], c[pair[1]]), 2) for pair in text if _contrast(c[pair[0]], c[pair[1]]) < 4.5} == {}
+    edges = [("field", "card"), ("field", "bg"), ("bad", "bad-bg"), ("warn", "warn-bg")]
+    assert {pair: round(_contrast(c[pair[0]], c[pair[1]]), 2) for pair in edges if _contrast(c[pair[0]], c[pair[1]]) < 3} == {}
+
+
+# ---------------------------------------------------------------- drawings
+
+
+def test_a_curve_of_one_round_and_of_many_lies_on_its_canvas() -> None:
+    assert charts.curve([charts.Line("a", "judge", [])]) is None
+    for rounds in (1, 2, 40):
+        values = [(n, n / rounds, f"{n}", True) for n in range(1, rounds + 1)]
+        lines = [charts.Line("a", "judge", values), charts.Line("b", "next", [(1, 1.6, "", False)])]
+        drawn = charts.curve(lines, [charts.Level("floor", "floor", 1.0)])
+        assert drawn and drawn["grid"][-1]["text"] == "175%" and len(drawn["ticks"]) <= charts.MOST_TICKS
+        marks = [m for line in drawn["lines"] for m in line["marks"]]
+        assert all(drawn["left"] <= m["x"] <= drawn["right"] and charts.TOP <= m["y"] <= drawn["bottom"] for m in marks)
+        heights = [n["y"] for n in drawn["names"]]
+        assert all(b - a >= charts.APART - 0.2 for a, b in itertools.pairwise(heights))
+
+
+def test_a_suspicion_is_looked_at_closely_and_inside_the_image() -> None:
+    finding = {"points": ["a"], "skeleton": [["a", "b"]], "picture": {
+        "labelled": {"a": [3.0, 5.0], "b": [20.0, 9.0]}, "suggested": {"a": [9.0, 5.0]}, "size": [400, 200]}}  # fmt: skip
+    drawing = overlays.suspicion(finding)
+    assert drawing and drawing["view"] == {"x": 0.0, "y": 0.0, "w": 100.0, "h": 50.0}
+    assert [p["strong"] for p in drawing["rings"]] == [True, False]
+    assert drawing["gaps"] == [{"x1": 3.0, "y1": 5.0, "x2": 9.0, "y2": 5.0}]
+    assert overlays.suspicion({**finding, "picture": {**finding["picture"], "size": None}}) is None
+
+
+def test_a_picture_that_cannot_be_fetched_costs_no_page(here: World) -> None:
+    here.label(1)
+    here.studio.routes["/data/upload/1/1.png"] = Answer(404)
+    html(here)
+    assert here.client.get("/projects/1/tasks/1/image").status_code >= 400
