@@ -5,6 +5,7 @@
 #   make demo ONCE=1 the whole tour by itself: label, predict, correct, train, decide, predict again
 #   make test        every test but the long ones;  make test-slow  the long ones;  make lint  ruff and mypy
 #   make setup       only the environments: .venv, and .labelstudio/venv for Label Studio
+#   make nano        trains the shipped model's recipe from nothing on KEYPOINTS; make nano-research on all sets there
 #   make card        measures the shipped model on KEYPOINTS (real sets, not part of this repository) into its model card
 #   make rounds      what a LoRA round is worth there;  ABLATE=benchmarks/recipes.json  compares recipes on two sets
 #   make clean       removes what the tools made (caches, demo data);  make distclean  the environments too
@@ -26,7 +27,7 @@ export LABEL_STUDIO_BIN
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint card rounds clean distclean
+.PHONY: help setup demo test test-slow lint nano nano-research card rounds clean distclean
 
 help:
 	@sed -n '/^$$/q;s/^# \{0,1\}//p' Makefile
@@ -72,9 +73,19 @@ KEYPOINTS ?= ../shared/keypoints
 MODEL ?= nano
 VALIDATION ?= dlc_horse_walk glue_tubes dlc_reaching_mouse dpk_fly fly_wing
 TRAINED ?= udacity_face68 car_wheel sudoku_corners sleap_fly_pair lightning_mirror_mouse coco_mini_person carfusion_sample
+RESEARCH ?= $(TRAINED) lspet_person hand_realworld ultrasound_tongue lips dental_incisor
+BUDGET ?= 14400
 ABLATE ?=
 ROUNDS_ON ?= $(if $(ABLATE),dlc_horse_walk dpk_fly,$(VALIDATION))
 ROUND_LABELS ?= $(if $(ABLATE),20,10 20 50)
+
+nano: $(VENV)/.ready
+	@exec $(RUN) -m kptllm_core train --model nano $(foreach set,$(TRAINED),--data $(KEYPOINTS)/$(set)) \
+		--watch $(KEYPOINTS)/dlc_horse_walk --seconds $(BUDGET) --out runs/nano $(ARGS)
+
+nano-research: $(VENV)/.ready
+	@exec $(RUN) -m kptllm_core train --model nano $(foreach set,$(RESEARCH),--data $(KEYPOINTS)/$(set)) \
+		--watch $(KEYPOINTS)/dlc_horse_walk --seconds $(BUDGET) --out runs/nano-research $(ARGS)
 
 card: $(VENV)/.ready
 	@exec $(RUN) benchmarks/model_card.py --model $(MODEL) $(foreach set,$(VALIDATION),--data $(KEYPOINTS)/$(set)) \

@@ -1,6 +1,6 @@
 """What is a round worth? Trains an adapter on N labelled images, scores it on others before and after.
 
-    python benchmarks/rounds.py --data DIR --labels 20 [--seconds 180] [--recipe '{"rate": 0.001}'] [--seed 0] [--model nano]
+    python benchmarks/rounds.py --data DIR --labels 20 [--seconds 150] [--recipe '{"rate": 0.001}'] [--seed 0] [--model nano]
     python benchmarks/rounds.py --data DIR --labels 20 --ablate benchmarks/recipes.json
 
 --data and --labels may be repeated. Labelled and scored images never share a group (a video, an animal) where there are
@@ -46,7 +46,7 @@ from kptllm_core.train import ADAPT, Recipe, train_adapter
 
 SCORED = 100  # images at most
 SUPPORT = 8  # of the labelled images, as the backend takes at twenty labels
-SECONDS = 180.0
+SECONDS = 150.0
 CONFIGURED = ("lora_rank", "lora_alpha")
 PARTS = ("full", "lora")
 

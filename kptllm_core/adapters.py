@@ -1,7 +1,7 @@
 """LoRA on one resident base: which layers it touches, what an adapter holds, and switching between adapters.
 
-As in the paper: LoRA on the LLM (and here on the image encoder's trunk), everything else is tuned fully. Base weights of
-the LLM and of the trunk never change; the small parts that do (prompts, decoder, pyramid) are kept aside and put back.
+As in the paper: LoRA on the LLM, everything else is tuned fully; a vision backbone from a hub gets LoRA too, since it is
+large. Weights under LoRA never change; those of the parts that do (encoder, prompts, decoder) are kept aside and put back.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from kptllm_core.errors import ArtifactError
 from kptllm_core.model import KptLLM
 
-FULL = ("decoder.", "extractor.", "shots.", "prompt_token.", "image_tokens.", "vision.pyramid.")
-"""Prefixes of the parts that an adapter holds whole."""
-_LORA = re.compile(r"^(llm\.(?!.*(lm_head|embed)).*|vision\.(?!pyramid\.|stem\.).*)$")
+FULL = ("decoder.", "extractor.", "shots.", "prompt_token.", "echo.", "image_tokens.", "vision.")
+"""Prefixes of the parts that an adapter holds whole, where LoRA does not take them."""
+_LORA = re.compile(r"^(llm\.(?!.*(lm_head|embed)).*|vision\.backbone\..*)$")
 
 
 def add_lora(model: KptLLM) -> None:
-    """Puts LoRA slots (B = 0, so nothing changes yet) on the LLM's linear layers and on the encoder's trunk. Idempotent."""
+    """Puts LoRA slots (B = 0, so nothing changes yet) on the LLM's linear layers and on a hub's vision backbone. Idempotent."""
     if has_lora(model):
         return
     targets = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d)) and _LORA.match(name)]
@@ -64,4 +64,4 @@ class AdapterSwitch:
 
 
 def _belongs(name: str) -> bool:
-    return "lora_" in name or name.startswith(FULL)
+    return "lora_" in name or (name.startswith(FULL) and not _LORA.match(name))

@@ -53,13 +53,14 @@ class Support(NamedTuple):
 class Answer(NamedTuple):
     """xy: (B, K, 2) in 0…1 of the query crop. heat: (B, K, H, W) logits. visibility: (B, K, 3) logits over occluded,
     visible, absent. confidence: (B, K) logit that the point lies within a tenth of the object's size. anchor: (B, K, 2),
-    where the other points expect this one."""
+    where the other points expect this one, and reach: (B, K), how far from there it may be (scale of a Laplace distribution)."""
 
     xy: Tensor
     heat: Tensor
     visibility: Tensor
     confidence: Tensor
     anchor: Tensor
+    reach: Tensor
 
 
 class Correlation(nn.Module):
@@ -163,7 +164,7 @@ def layout_planes(support: Support, height: int, width: int) -> Tensor:
 
 
 class Refinement(nn.Module):
-    """Self-attention among all points of one object, biased by their geometry."""
+    """Self-attention among all points of one object, biased by their geometry: heatmap × what the other points expect."""
 
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
@@ -174,13 +175,14 @@ class Refinement(nn.Module):
         self.layers = nn.ModuleList([Attention(width, heads, expand=2) for _ in range(config.refine_layers)])
         self.norm = nn.LayerNorm(width)
         self.move = nn.Linear(width, 2)
-        self.trust = nn.Linear(width, 1)
+        self.reach = nn.Linear(width, 1)
+        self.pull = nn.Parameter(torch.ones(()))
         self.visibility = nn.Linear(width, VISIBILITY_CLASSES)
         self.confidence = nn.Linear(width, 1)
-        for layer in (self.move, self.trust):
+        for layer in (self.move, self.reach):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.trust.bias, 1.0)
+        nn.init.constant_(self.reach.bias, -1.6)  # a reach of a fifth of the crop
 
     def forward(self, heat: Tensor, features: Features, support: Support, state: Tensor, asked: Tensor,
                 fixed: Tensor | None = None, fixed_xy: Tensor | None = None) -> Answer:  # fmt: skip
@@ -195,7 +197,7 @@ class Refinement(nn.Module):
         sure = chance.amax(-1)
         spread = -(chance * chance.clamp(min=1e-9).log()).sum(-1) / 8
         at, weight = xy.detach(), torch.where(fixed, 4.0, sure.detach()) * asked * support.known
-        expected = similarity_fit(support.layout, at, weight)
+        expected = robust_fit(support.layout, at, weight)
         expected = torch.where(support.known.unsqueeze(-1), expected, at)
         under = torch.cat([sample(m, at) for m in features], -1)
         scalars = torch.cat([torch.stack([sure, spread, flat.amax(-1) / 10, support.known.float(), fixed.float()], -1), (expected - at) * 4], -1)
@@ -206,14 +208,14 @@ class Refinement(nn.Module):
         for layer in self.layers:
             x = layer(x, mask=mask)
         x = self.norm(x)
-        anchor = at + 0.5 * self.move(x).float().tanh()
-        trust = F.softplus(self.trust(x).float())
+        anchor = expected + 0.5 * self.move(x).float().tanh()
+        reach = 0.02 + F.softplus(self.reach(x).float().squeeze(-1))
         height, width = heat.shape[-2:]
         y, x_cells = cell_centres(height, heat.device)[:, None], cell_centres(width, heat.device)
         far = (x_cells - anchor[..., 0, None, None]).square() + (y - anchor[..., 1, None, None]).square()
-        refined = heat.float() - 20.0 * trust.unsqueeze(-1) * far
+        refined = heat.float() - self.pull * (far + 1e-6).sqrt() / reach[..., None, None]
         xy = torch.where(fixed.unsqueeze(-1), xy, peak(refined))
-        return Answer(xy, refined, self.visibility(x).float(), self.confidence(x).float().squeeze(-1), anchor)
+        return Answer(xy, refined, self.visibility(x).float(), self.confidence(x).float().squeeze(-1), anchor, reach)
 
 
 class Decoder(nn.Module):
@@ -244,22 +246,30 @@ def peak(heat: Tensor) -> Tensor:
 
 
 def similarity_fit(layout: Tensor, xy: Tensor, weight: Tensor) -> Tensor:
-    """The support's layout, moved, turned and scaled to fit the positions found (weighted least squares in closed form).
+    """Where the other points expect each point: the support's layout, moved, turned and scaled to fit the positions found.
 
-    layout, xy: (B, K, 2), weight: (B, K) ≥ 0 → (B, K, 2). A small prior towards 'unturned' keeps one or two points stable.
+    Weighted least squares in closed form, each point left out of its own fit. layout, xy: (B, K, 2), weight: (B, K) ≥ 0 →
+    (B, K, 2). A small prior towards 'unturned' keeps one or two points stable.
     """
-    weight = (weight + 1e-6).unsqueeze(-1)
-    total = weight.sum(1, keepdim=True)
-    from_centre, to_centre = (layout * weight).sum(1, keepdim=True) / total, (xy * weight).sum(1, keepdim=True) / total
-    a, b = layout - from_centre, xy - to_centre
-    share = weight / total
+    own = torch.eye(weight.shape[1], device=weight.device)
+    weight = weight.unsqueeze(1) * (1 - own) + 1e-6
+    share = (weight / weight.sum(-1, keepdim=True)).unsqueeze(-1)  # (B, K fits, K points, 1)
+    layout, xy = layout.unsqueeze(1), xy.unsqueeze(1)
+    from_centre, to_centre = (layout * share).sum(2), (xy * share).sum(2)
+    a, b = layout - from_centre.unsqueeze(2), xy - to_centre.unsqueeze(2)
     prior = 1e-3
-    real = (share * (a * b)).sum((1, 2), keepdim=True) + prior
-    imaginary = (share[..., 0] * (a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0])).sum(1)[:, None, None]
-    norm = (share * a.square()).sum((1, 2), keepdim=True) + prior
-    real, imaginary = real / norm, imaginary / norm
-    turned = torch.cat([a[..., :1] * real - a[..., 1:] * imaginary, a[..., :1] * imaginary + a[..., 1:] * real], -1)
-    return turned + to_centre
+    real = (share * a * b).sum((2, 3)) + prior
+    imaginary = (share[..., 0] * (a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0])).sum(2)
+    norm = (share * a.square()).sum((2, 3)) + prior
+    real, imaginary = (real / norm).unsqueeze(-1), (imaginary / norm).unsqueeze(-1)
+    a = layout.squeeze(1) - from_centre
+    return torch.cat([a[..., :1] * real - a[..., 1:] * imaginary, a[..., :1] * imaginary + a[..., 1:] * real], -1) + to_centre
+
+
+def robust_fit(layout: Tensor, xy: Tensor, weight: Tensor) -> Tensor:
+    """The same, with points that lie far from where the others expect them counting less (one reweighted step)."""
+    far = (similarity_fit(layout, xy, weight) - xy).norm(dim=-1)
+    return similarity_fit(layout, xy, weight / (1 + (far / 0.1).square()))
 
 
 def _pairs(at: Tensor, layout: Tensor, expected: Tensor) -> Tensor:

@@ -47,6 +47,9 @@ class KptLLM(nn.Module):
         self.extractor = PromptFeatureExtractor(config.features, dim, config.prompt_layers, config.prompt_heads)
         self.shots = ShotAttention(dim)
         self.prompt_token = nn.Linear(dim, dim)
+        self.echo = nn.Linear(dim, dim)  # of the prompt in all tokens behind it: from scratch, attention hardly finds it
+        nn.init.zeros_(self.echo.weight)
+        nn.init.zeros_(self.echo.bias)
         self.decoder = Decoder(config, dim)
 
     def encode(self, images: Tensor) -> Features:
@@ -82,10 +85,11 @@ class KptLLM(nn.Module):
         image = self.image_tokens(F.avg_pool2d(features.coarse, 2).flatten(2).transpose(1, 2))
         set_tokens = self.prompt_token(prefix.token) * prefix.known.unsqueeze(-1)
         words = embed(asked.tokens)
-        slot = torch.zeros(width, dtype=torch.bool, device=words.device)
-        slot[Questions.PROMPT_SLOT] = True
-        takes = slot[None, None, :, None] & asked.prompted[:, :, None, None]
-        words = torch.where(takes, self.prompt_token(prompts).unsqueeze(2).to(words.dtype), words)
+        slot = torch.arange(width, device=words.device)
+        at_prompt = ((slot == Questions.PROMPT_SLOT) & asked.prompted.unsqueeze(-1)).unsqueeze(-1)
+        behind = ((slot >= Questions.IS_SLOT) & asked.prompted.unsqueeze(-1)).unsqueeze(-1)
+        prompt, echo = (layer(prompts).unsqueeze(2).to(words.dtype) for layer in (self.prompt_token, self.echo))
+        words = torch.where(at_prompt, prompt, words) + torch.where(behind, echo, 0.0)
         sequence = torch.cat([image.to(words.dtype), set_tokens.to(words.dtype), words.flatten(1, 2)], 1)
 
         n_image, n_set = image.shape[1], set_tokens.shape[1]

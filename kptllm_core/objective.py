@@ -125,14 +125,16 @@ def loss_of(model: KptLLM, batch: Batch, naming: int = 8) -> tuple[Tensor, dict[
         "heat": (weight * cross_entropy(heat, target)).sum(),
         "match": match_loss(planes, xy, weight * support.known),
         "refined": (free * cross_entropy(answer.heat, target)).sum(),
-        "position": (free * (answer.xy - xy).abs().sum(-1)).sum() + 0.5 * (weight * (answer.anchor - xy).abs().sum(-1)).sum(),
+        "position": (free * (answer.xy - xy).abs().sum(-1)).sum(),
+        "expected": (weight * ((answer.anchor - xy).norm(dim=-1) / answer.reach + 2 * answer.reach.log())).sum(),
         "words": words_loss(model, states, batch["tokens"], batch["length"], identified),
         "visibility": F.cross_entropy(answer.visibility[judged], classes[judged]) if judged.any() else heat.sum() * 0,
         "confidence": (weight * F.binary_cross_entropy_with_logits(answer.confidence, right, reduction="none")).sum(),
     }
     if naming:
         parts["naming"] = naming_loss(model, features, batch, naming)
-    weights = {"heat": 0.5, "match": 0.15, "refined": 1.0, "position": 2.0, "words": 0.25, "naming": 0.25, "visibility": 0.2, "confidence": 0.3}
+    weights = {"heat": 0.5, "match": 0.15, "refined": 1.0, "position": 2.0, "expected": 0.1, "words": 0.25, "naming": 0.25, "visibility": 0.2,
+               "confidence": 0.3}  # fmt: skip
     total = torch.stack([weights[k] * v.float() for k, v in parts.items()]).sum()
     with torch.no_grad():
         scores = {k: float(v.detach()) for k, v in parts.items()}

@@ -88,7 +88,7 @@ class Recipe:
 
 
 PRETRAIN = Recipe(wide=0.25, naming=12, renaming=0.4)
-ADAPT = Recipe(seconds=150, episodes=4, views=4, max_points=24, rate=3e-3, full_rate=0.5, decay=0.01, warmup=20, average=0.98, naming=4)
+ADAPT = Recipe(seconds=150, episodes=2, max_points=24, rate=3e-3, full_rate=0.3, decay=0.01, warmup=20, average=0.98, naming=0)
 
 
 class Batches(IterableDataset):
@@ -202,7 +202,7 @@ class Loop:
         """Of one part of a step. `autograd.grad`, since threads must not add to the same `.grad`."""
         batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=fast_bfloat16(self.device)):
-            loss, scores = loss_of(self.model, batch, max(self.recipe.naming // self.parts, 1))
+            loss, scores = loss_of(self.model, batch, -(-self.recipe.naming // self.parts))
         if not torch.isfinite(loss.detach()):
             raise KptError(f"The loss became {float(loss.detach())} at step {self.step}; the run stops and the last good version stays. "
                            "Lower the rate or look at the data.")  # fmt: skip

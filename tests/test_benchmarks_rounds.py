@@ -64,7 +64,7 @@ def test_a_recipe_names_what_it_changes(tiny_model: str) -> None:
     assert (one.settings.rate, one.settings.seconds) == (0.5, rounds.SECONDS)
     same = rounds.Round(tiny_model, "tiny-0", Path("flies"), 20)
     assert one.file(Path("r")) != same.file(Path("r"))
-    assert same.file(Path("r")).name.startswith("tiny-0-flies-round20-180s-seed0-")
+    assert same.file(Path("r")).name.startswith("tiny-0-flies-round20-150s-seed0-")
     with pytest.raises(InvalidInput, match="A recipe has no speed"):
         _ = rounds.Round(tiny_model, "tiny-0", Path("flies"), 20, recipe='{"speed": 1}').settings
 
