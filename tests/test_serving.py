@@ -20,6 +20,7 @@ from backend_world import BAD, CONFIG, GOOD, World, world
 @pytest.fixture
 def here(tmp_path: Path) -> Iterator[World]:
     with world(tmp_path, round_every=1000, keep_adapters=1) as made:
+        made.keeper._next_prune = float("inf")  # when a test says so
         yield made
 
 
