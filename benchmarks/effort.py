@@ -80,7 +80,9 @@ def train(player: Player, images: int, number: int) -> None:
     tqdm.write(f"Round {number + 1} on {images} images: {account['seconds']:.0f} s of training. {account['reason']}")
 
 
-def play_baseline(log: Log, pictures: Sequence[Picture], rounds: Sequence[int], tolerance: float, seed: int) -> None:
+def play_baseline(
+    log: Log, pictures: Sequence[Picture], rounds: Sequence[int], tolerance: float, seed: int, device: str
+) -> None:
     """The same images, the same rounds and seconds, for a heatmap network from scratch."""
     from benchmarks.from_scratch import fit
 
@@ -94,7 +96,7 @@ def play_baseline(log: Log, pictures: Sequence[Picture], rounds: Sequence[int], 
                 bar.set_postfix_str(f"{steps} steps")
 
             model = fit(
-                shown, truths, account["seconds"], lambda t, p: corrections(t, p, tolerance).actions, seed, progress
+                shown, truths, account["seconds"], lambda t, p: corrections(t, p, tolerance).actions, seed, progress, device
             )
         counts = [corrections(p.truth, model.predict(read(p)), tolerance) for p in pictures[first:end] if p.truth is not None]
         about = {"images": first, "seconds": round(model.seconds, 1), "steps": model.steps, "cutoff": model.cutoff}
@@ -209,7 +211,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 playing(folder, studio, pictures, args.tolerance, log, settings) as player,
             ):
                 play(player, args.examples, rounds)
-        play_baseline(log, pictures, rounds, args.tolerance, args.seed)
+        play_baseline(log, pictures, rounds, args.tolerance, args.seed, args.device)
     result = account_of(log, args.examples, rounds)
     left_out = {"rounds": [r for r in args.rounds if r not in rounds], "images": len(material.pictures) - len(pictures)}
     versions = [line["version"] for line in log.of("image") if line["version"]]

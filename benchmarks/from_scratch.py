@@ -90,22 +90,28 @@ def fit(
     cost: Cost,
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda _step, _share: None,
+    device: str = "cpu",
 ) -> HeatmapModel:
-    """Trains for so many seconds. images: (H, W, 3) uint8; truths: one object each; progress(step, share of the time)."""
+    """Trains for so many seconds. images: (H, W, 3) uint8; truths: one object each; progress(step, share of the time).
+
+    device: as everywhere, "auto" takes a GPU where there is one.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     begun = time.monotonic()
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    pixels = torch.stack([_framed(image) for image in images])
+    pixels = torch.stack([_framed(image) for image in images]).to(device)
     scales = np.array([_scale(image) for image in images])[:, None, None]
-    xy = torch.from_numpy(np.stack([t.xy for t in truths]) * scales).float()
-    there = torch.from_numpy(np.stack([t.placed for t in truths]))
-    network = Network(xy.shape[1])
+    xy = torch.from_numpy(np.stack([t.xy for t in truths]) * scales).float().to(device)
+    there = torch.from_numpy(np.stack([t.placed for t in truths])).to(device)
+    network = Network(xy.shape[1]).to(device)
     optimiser = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4)
     steps, order = 0, rng.permutation(len(images))
     while (share := (time.monotonic() - begun) / seconds) < 1.0 or not steps:
         if len(order) < BATCH:
             order = np.concatenate([order, *(rng.permutation(len(images)) for _ in range(-(-BATCH // len(images))))])
-        chosen, order = torch.from_numpy(order[:BATCH]), order[BATCH:]
+        chosen, order = torch.from_numpy(order[:BATCH]).to(device), order[BATCH:]
         for group in optimiser.param_groups:
             group["lr"] = RATE * min((steps + 1) / 20, 0.5 * (1 + math.cos(math.pi * min(share, 1.0))) + 0.01)
         batch, points = _augmented(pixels[chosen].float() / 255 - 0.5, xy[chosen])
@@ -139,16 +145,19 @@ def _framed(image: np.ndarray) -> Tensor:
 def _augmented(images: Tensor, xy: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 3, SIDE, SIDE) and (B, K, 2) pixels, turned, scaled, shifted and recoloured, each image by chance."""
     count = len(images)
-    angle = (torch.rand(count) * 2 - 1) * TURN
-    size = torch.exp((torch.rand(count) * 2 - 1) * math.log(SCALE))
-    shift = (torch.rand(count, 2) * 2 - 1) * SHIFT * SIDE
+
+    def chance(*shape: int) -> Tensor:
+        """-1…1"""
+        return (torch.rand(count, *shape) * 2 - 1).to(images.device)
+
+    angle, size, shift = chance() * TURN, torch.exp(chance() * math.log(SCALE)), chance(2) * SHIFT * SIDE
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], -1), torch.stack([angle.sin(), angle.cos()], -1)], -2)
     there = turn * size[:, None, None]
     back = turn.transpose(1, 2) / size[:, None, None]
     theta = torch.cat([back, -(back @ shift[:, :, None]) / (SIDE / 2)], 2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     moved = F.grid_sample(images + 0.5, grid, align_corners=False)
-    contrast, light = (1 + (torch.rand(count, n, 1, 1) * 2 - 1) * 0.3 for n in (1, 3))
+    contrast, light = (1 + chance(n, 1, 1) * 0.3 for n in (1, 3))
     points = (xy - SIDE / 2) @ there.transpose(1, 2) + SIDE / 2 + shift[:, None]
     return (moved * contrast * light).clamp(0, 1) - 0.5, points
 
@@ -162,7 +171,7 @@ def _centres() -> Tensor:
 
 def _loss(logits: Tensor, ways: Tensor, xy: Tensor, there: Tensor) -> Tensor:
     """Score maps: cross-entropy with a bump at each point; ways: Huber loss, near points only. Points that are not there have none."""
-    to_point = xy[:, :, None, None] - _centres()  # (B, K, CELLS, CELLS, 2)
+    to_point = xy[:, :, None, None] - _centres().to(xy.device)  # (B, K, CELLS, CELLS, 2)
     squared = to_point.square().sum(-1)
     bump = torch.exp(-squared / (2 * SPREAD**2)) * there[:, :, None, None]
     near = (squared < NEAR**2) & there[:, :, None, None]
@@ -174,7 +183,8 @@ def _loss(logits: Tensor, ways: Tensor, xy: Tensor, there: Tensor) -> Tensor:
 @torch.no_grad()
 def _locate(network: Network, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(H, W, 3) uint8 → (K, 2) pixels of that image, (K,) scores 0…1. Cells beyond the image do not count."""
-    logits, ways = network(_framed(image)[None].float() / 255 - 0.5)
+    frame = _framed(image)[None].to(next(network.parameters()).device)
+    logits, ways = (found.cpu() for found in network(frame.float() / 255 - 0.5))
     height, width = (-(-round(n * _scale(image)) // STRIDE) for n in image.shape[:2])
     scores = logits[0, :, :height, :width].sigmoid().flatten(1)
     best, cell = scores.max(1)
