@@ -126,4 +126,3 @@ def _about(version: Version, figures: list[dict[str, Any]], problem: str) -> dic
         "error": mean("error"),
         "cannot_predict": problem,
     }
-

@@ -28,9 +28,7 @@ def set_aside(session: Session, row: Project) -> dict[str, Any]:
     if not row.label_config:
         return nothing
     config = parse(row.label_config)
-    versions = list(
-        session.scalars(select(Version).where(Version.project == row.id).order_by(Version.id.desc()))
-    )
+    versions = list(session.scalars(select(Version).where(Version.project == row.id).order_by(Version.id.desc())))
     adapters: dict[str, Any] = {}
     now = {name for names in row.names.values() for name in names}
     for version in versions:

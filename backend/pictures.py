@@ -31,7 +31,9 @@ def task_picture(services: Services, project: str, task: int, control: str | Non
     if row is None and label_config and services.has_token and project.isdigit():  # nobody labelled it yet
         row = task_row(project, services.label_studio.task(task, int(project)), parse(label_config))
     if row is None or row.deleted or not label_config:
-        raise NotFound(f"Project {project} has no task {task} here. Without LABEL_STUDIO_API_KEY only labelled tasks are known.")
+        raise NotFound(
+            f"Project {project} has no task {task} here. Without LABEL_STUDIO_API_KEY only labelled tasks are known."
+        )
     controls = {control_key(c): c for c in parse(label_config).controls}
     if control is not None and control not in controls:
         raise NotFound(f"The label config has no control '{control[:100]}'. Known: {', '.join(controls)}.")

@@ -29,7 +29,9 @@ def roll_back(journal: Journal, project: str) -> tuple[Version, str]:
             raise Conflict(f"There is no version before '{now.name}' that can serve project {project} as it is now.")
         said = f"Rolled back by a person to {target.name}."
         now.promoted, now.reason = False, f"{now.reason} {said}".strip()[-2000:]
-        session.add(Event(project=project, action="ROLLBACK", about={"from": now.name, "to": target.name, "by": "person"}))
+        session.add(
+            Event(project=project, action="ROLLBACK", about={"from": now.name, "to": target.name, "by": "person"})
+        )
         serve(session, row, target, said)
         return target, f"{target.name} serves again; {now.name} is kept, and can be activated."
 

@@ -38,7 +38,9 @@ SECONDS = 20.0  # the longest that one such request may take
 def begin(session: Session, row: Project, version: Version, previous: Version, images: int) -> None:
     """Compare a version that was just promoted with the one before it, if both can predict. images: SHADOW_IMAGES."""
     if images and version.base == previous.base and version.id != previous.id and not previous.pruned:
-        session.add(Comparison(project=row.id, version=version.id, previous=previous.id, upto=newest_annotation(session)))
+        session.add(
+            Comparison(project=row.id, version=version.id, previous=previous.id, upto=newest_annotation(session))
+        )
 
 
 def running(session: Session, project: str) -> Comparison | None:
@@ -136,7 +138,9 @@ class Shadows:
         for task, result in zip(rows, results, strict=True):
             if "error" in result:
                 self._tries[rows[task]] = self._tries.get(rows[task], 0) + 1
-                if result["model_version"] == version.name or self._tries[rows[task]] >= TRIES:  # else it may be had later
+                if (
+                    result["model_version"] == version.name or self._tries[rows[task]] >= TRIES
+                ):  # else it may be had later
                     failed[task] = str(result["error"]["message"])
             elif task not in prediction.made:
                 failed[task] = f"{version.name} was given no box to look into, and the label config lets it find none."
@@ -144,7 +148,9 @@ class Shadows:
 
     def _wanted(self, session: Session, project: str) -> tuple[Sequence[Predicted], bool]:
         """Some of the rows that are asked for and not made, and whether a comparison needs them."""
-        query = select(Predicted).where(Predicted.project == project, Predicted.controls.is_(None), Predicted.error == "")
+        query = select(Predicted).where(
+            Predicted.project == project, Predicted.controls.is_(None), Predicted.error == ""
+        )
         query = query.order_by(Predicted.id).limit(CHUNK)
         comparison = running(session, project)
         if comparison is not None:
@@ -155,7 +161,9 @@ class Shadows:
                 return needed, True
         return session.scalars(query).all(), False
 
-    def _keep(self, project: str, rows: dict[int, int], made: dict[int, tuple[Any, float]], failed: dict[int, str]) -> int:
+    def _keep(
+        self, project: str, rows: dict[int, int], made: dict[int, tuple[Any, float]], failed: dict[int, str]
+    ) -> int:
         def change(session: Session) -> int:
             for task, (controls, score) in made.items():
                 keep_shadow(session, rows[task], controls, score)
@@ -239,7 +247,9 @@ def _roll_back(session: Session, row: Project, comparison: Comparison, said: str
     comparison.state = "rolled_back"
     comparison.reason = f"Rolled back to {previous.name}, which was better {said}."
     version.promoted, version.reason = False, f"{version.reason} {comparison.reason}"[-2000:]
-    session.add(Event(project=row.id, action="ROLLBACK", about={"from": version.name, "to": previous.name, "by": "judge"}))
+    session.add(
+        Event(project=row.id, action="ROLLBACK", about={"from": version.name, "to": previous.name, "by": "judge"})
+    )
     serve(session, row, previous, comparison.reason)
     return comparison.reason
 
