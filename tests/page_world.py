@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,10 @@ class Beetles:
                 result.append(region(name, true if moved else there, r["id"], "prediction-changed" if moved else "prediction"))
             self._submit(task, result, 1, lead_time, parent_prediction=n)
 
+    def open(self, *numbers: int, look: int | None = None) -> None:
+        """A person opens tasks, which are predicted, and goes away. look: show the image of that task."""
+        self.here.predict(*[self.task(n, look) for n in numbers], config=BEETLES)
+
     def _submit(self, task: dict[str, Any], result: list[Any], by: int, seconds: float, **more: Any) -> None:
         annotation = self.studio.annotate(task["id"], result, completed_by=by, lead_time=seconds, **more)
         answer = self.here.webhook("ANNOTATION_CREATED", config=BEETLES, annotation=annotation, task=task)
@@ -152,8 +156,8 @@ def some_weeks(made: Beetles) -> None:
     made.round(0.60, 0.84)
     made.correct(*range(50, 58), lead_time=7.0)
     made.round(0.84, 0.71)
-    made.here.predict(*[made.task(n) for n in range(70, 78)], config=BEETLES)
-    made.here.predict(made.task(78, look=70), config=BEETLES)
+    made.open(*range(70, 78))
+    made.open(78, look=70)
     made.settle()
 
 
@@ -163,18 +167,19 @@ def served(made: Beetles) -> Iterator[str]:
     server = make_server("127.0.0.1", 0, made.here.app, threaded=True)
     stop = threading.Event()
 
-    def keep() -> None:
+    def keep(work: Callable[[], object]) -> None:
         while not stop.wait(0.2):
-            made.here.turn()
+            work()
 
-    threads = [threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}), threading.Thread(target=keep)]
-    for thread in threads:
-        thread.daemon = True
+    keeper = made.here.keeper
+    hands = [threading.Thread(target=keep, args=(work,), daemon=True) for work in (keeper.tick, keeper.rehearse)]
+    for thread in (*hands, threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)):
         thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
         stop.set()
-        threads[1].join(20)
+        for thread in hands:
+            thread.join(20)
         server.shutdown()
 

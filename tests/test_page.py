@@ -36,7 +36,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beetles]:
         found.label(3, 5, by=2, off=1.5)
         found.round(0.31, 0.62)
         found.correct(30, 31, 32)
-        found.here.predict(*[found.task(n) for n in (70, 71)], found.task(72, look=70))
+        found.open(70, 71)
+        found.open(72, look=70)
         found.settle()
         yield found
 
