@@ -25,14 +25,14 @@ from sqlalchemy.orm import Session, defer
 
 from backend import shadow, split
 from backend.judges import decide
+from backend.round_images import image_bytes, usable_images
 from backend.services import Services, is_passing
 from backend.snapshot import round_body
 from backend.sweep import sweep
-from backend.tables import Annotation, Job, Project, Task, Version
+from backend.tables import Annotation, Job, Project, Version
 from backend.versions import candidates_of, decide_uses, freeze_version, serve, support_entries, uses_of
 from kptllm_core.errors import Conflict, InvalidInput, KptError, NotFound
-from label_config.annotations import read_result
-from label_config.schema import LabelConfig, parse
+from label_config.schema import parse
 
 log = logging.getLogger(__name__)
 FINISHED = ("done", "failed", "cancelled")
@@ -192,7 +192,9 @@ class Rounds:
         if version is None or version.base != base:
             version = self.journal.observe(job.project, label_config, base)
         config = parse(label_config)
-        usable, left_out = self._fetch(job, config, candidates)
+        usable, left_out = usable_images(
+            self.services, job.project, config, candidates, self.settings.min_train, lambda said: self._update(job.id, message=said)
+        )
         if len(usable) < self.settings.min_train:
             raise InvalidInput(
                 f"Only {len(usable)} of {self.settings.min_train} needed labelled images can be used. {_list(left_out)}"
@@ -218,50 +220,11 @@ class Rounds:
                      snapshot_hash=hashlib.sha256(text.encode()).hexdigest(), support=support, config_hash=config.hash,
                      message=f"{used}. {_list(left_out)}".strip())  # fmt: skip
 
-    def _fetch(
-        self, job: Job, config: LabelConfig, candidates: list[split.Candidate]
-    ) -> tuple[list[split.Candidate], list[str]]:
-        """Make sure that the bytes of every labelled image are known; returns who can be used, and why others cannot.
-
-        Raises passing trouble when it touches so many that the round had better wait.
-        """
-        usable, left_out, passing = [], [], 0
-        for at, candidate in enumerate(candidates, 1):
-            try:
-                if self._fetch_one(job.project, config, candidate):
-                    usable.append(candidate)
-                else:
-                    left_out.append(f"task {candidate.task}: no image, or no point that the label config knows")
-            except KptError as error:
-                passing += is_passing(error)
-                enough = len(candidates) - len(left_out) - 1 >= self.settings.min_train
-                if is_passing(error) and (passing > len(candidates) // 10 or not enough):
-                    raise
-                log.warning("round %s: task %s is left out: %s", job.round, candidate.task, error.message)
-                left_out.append(f"task {candidate.task}: {error.message}")
-            if at % 10 == 0:
-                self._update(job.id, message=f"fetching images: {at} of {len(candidates)}")
-        return usable, left_out
-
-    def _fetch_one(self, project: str, config: LabelConfig, candidate: split.Candidate) -> bool:
-        """Whether the annotation has an object on an image whose bytes are known now."""
-        with self.journal.reading() as session:
-            task = session.get(Task, (project, candidate.task))
-            result = session.get_one(Annotation, candidate.row).result
-        found = False
-        for control in config.controls:
-            url = task.images.get(control.image_key) if task else None
-            if task and url and read_result(control, result, 1, 1).objects:
-                if "sha256" not in task.files.get(url, {}):
-                    self.services.image(project, task, url)
-                found = True
-        return found
-
     def _send(self, job: Job) -> None:
         """Hand the snapshot to the core, which takes the same one twice for one."""
         assert job.snapshot is not None
         try:
-            answer = self.services.core.start_round(job.snapshot, lambda sha: self._bytes(job.project, sha))
+            answer = self.services.core.start_round(job.snapshot, lambda sha: image_bytes(self.services, job.project, sha))
         except Conflict:
             # Another round of that name: this journal is younger than the core's data. Take the next free number.
             taken = [str(a.get("name", "")).rpartition("+r") for a in self.services.core.adapters()]
@@ -273,17 +236,6 @@ class Rounds:
         self._update(job.id, "prepared", state="running", core_job=answer["job"])
         if self.get(job.id).state in FINISHED:  # cancelled while it was being sent
             self.services.core.cancel_round(answer["job"])
-
-    def _bytes(self, project: str, sha: str) -> bytes:
-        """An image of the snapshot, fetched again; NotFound when other bytes are there now."""
-        with self.journal.reading() as session:
-            for task in session.scalars(select(Task).where(Task.project == project)):
-                for url, facts in task.files.items():
-                    if facts.get("sha256") == sha:
-                        found, data = self.services.image(project, task, url)
-                        if found == sha:
-                            return data
-        raise NotFound(f"The image {sha[:12]}… of the snapshot is not to be had any more. Start the round again.")
 
     def _watch(self, job: Job) -> None:
         try:
