@@ -116,7 +116,8 @@ def card(found: Findings) -> list[str]:
          "architecture with random weights; *correlation*: nearest feature of this model; SIFT and template matching: OpenCV."),
         ("Without a part", ablations_table(found), "PCK@0.1, 1-shot, boxes given, the part switched off in the trained model (`evaluate "
          "--without`): what this model leans on, not what a model trained without it could do."),
-        ("Naming", naming_table(found), "Groups of the training sets that training never saw. Open set: any name may be written; names "
+        ("Naming", naming_table(found), "Groups of the training sets that `held_out` names (the recipe above says which runs left them "
+         "out). Open set: any name may be written; names "
          "are the same by the rule of `kptllm_core.language.plain_words`."),
         ("A LoRA round", rounds_table(found), "Before → after, boxes given, up to eight of the labelled images as support, on images "
          "of other groups. Repeat one with `python benchmarks/rounds.py --data DIR --labels N`."),
