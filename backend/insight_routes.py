@@ -7,7 +7,7 @@
     GET  /next?limit=                unlabelled tasks, the most informative first
     GET  /quality?kind=&least=&limit=    labels that look wrong, the surest first, with all that a picture needs
     POST /quality/dismiss            {"finding": id}: a reviewer says that the label is right
-    POST /quality/mark               write the findings into the tasks' data in Label Studio, where they can be filtered for
+    POST /quality/mark?kind=&least=  write the findings into the tasks' data in Label Studio, where they can be filtered for
 
 Each also answers below /projects/<id>; without it, the project is named by ?project=.
 """
@@ -27,6 +27,7 @@ from kptllm_core.errors import InvalidInput
 
 insight = Blueprint("insight", __name__)
 LIMIT = 50
+SURE = 0.8  # confidence from which findings are written into Label Studio, unless ?least= says otherwise
 
 
 @insight.get("/effort")
@@ -71,21 +72,21 @@ def dismiss(project: str | None = None) -> Response:
 @insight.post("/quality/mark")
 def mark(project: str | None = None) -> Response:
     number = _project(project)
-    done = review.mark(_services(), number, _chosen(number)["findings"])
+    done = review.mark(_services(), number, _chosen(number, least=SURE)["findings"])
     said = f"{done['tasks']} tasks carry the field '{review.FIELD}' in Label Studio's Data Manager now; filter or sort by it."
     return jsonify({**done, "field": review.FIELD, "message": said})
 
 
-def _chosen(project: str) -> dict[str, Any]:
-    """The quality report with the findings that were asked for by ?kind=, ?least= and ?limit=."""
+def _chosen(project: str, least: float = 0.0) -> dict[str, Any]:
+    """The quality report with the findings that were asked for by ?kind=, ?least= and ?limit=. least: unless another is asked for."""
     report = review.without_dismissed(_services().journal, project, _reports().get("quality", project))
-    kind, least = request.args.get("kind"), request.args.get("least", "0")
+    kind, asked = request.args.get("kind"), request.args.get("least", str(least))
     if kind and kind not in KINDS:
         raise InvalidInput(f"kind is {kind[:40]!r}; expected one of {', '.join(KINDS)}.")
     try:
-        lowest = float(least)
+        lowest = float(asked)
     except ValueError:
-        raise InvalidInput(f"least is {least[:40]!r}; expected a confidence from 0 to 1.") from None
+        raise InvalidInput(f"least is {asked[:40]!r}; expected a confidence from 0 to 1.") from None
     found = [f for f in report["findings"] if (not kind or f["kind"] == kind) and f["confidence"] >= lowest]
     return {**report, "findings": found[: _whole("limit", review.KEPT)]}
 
