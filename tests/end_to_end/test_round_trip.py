@@ -37,7 +37,6 @@ def test_from_a_new_project_to_predictions_of_a_new_version(stack: Stack, insect
     # Corrections through Label Studio reach the journal by webhook.
     tour.correct(to_correct, CORRECTED)
     before_round = tour.version
-    assert before_round != with_examples, "ten labelled images make a new support set"
 
     # Start training → a decision, which follows from its figures and is told in words.
     job, version = tour.train(600)
