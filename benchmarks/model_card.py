@@ -35,6 +35,7 @@ from kptllm_core.checkpoint import load_checkpoint
 from kptllm_core.config import ModelConfig, model_folder
 from kptllm_core.dataset import held_out, load_coco
 from kptllm_core.errors import DataError, InvalidInput, KptError
+from kptllm_core.keypoints import Visibility
 from kptllm_core.predictor import load_predictor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +43,10 @@ START, END = "<!-- measured: start -->", "<!-- measured: end -->"
 EVALUATIONS: dict[str, dict[str, tuple[str, ...]]] = {  # table → name → flags of `python -m kptllm_core evaluate`
     "accuracy": {
         "1-shot": (), "found": ("--boxes", "found"), "rotated": ("--rotate",), "5-shot": ("--shots", "5"),
-        "text": ("--prompt", "text"), "visual": ("--prompt", "visual"),
+        "text": ("--prompt", "text"), "visual": ("--prompt", "visual"), "one wrong": ("--shots", "5", "--wrong", "1"),
+    },
+    "visibility": {
+        "cut": ("--cut",),
     },
     "baselines": {
         f"{turned}{name}": (*(flags if name == "untrained" else ("--baseline", name)), *(("--rotate",) if turned else ()))
@@ -100,7 +104,11 @@ class Plan:
                 for name, flags in named.items():
                     yield table, name, folder, self.evaluation(folder, name, flags)
         for folder in self.trained:
-            if any(held_out(s.group) for s in load_coco(folder).samples):
+            samples = load_coco(folder).samples
+            unseen = held_out(s.group for s in samples)
+            if any((s.keypoints.visibility == Visibility.OCCLUDED).any() for s in samples if s.group in unseen):
+                yield "visibility", "unseen groups", folder, self.evaluation(folder, "unseen groups", ("--part", "heldout"))
+            if unseen:
                 yield "naming", "naming", folder, self.evaluation(folder, "naming", NAMING)
 
     def rounds(self) -> Iterator[tuple[str, rounds.Round]]:

@@ -116,6 +116,8 @@ def card(found: Findings) -> list[str]:
          "architecture with random weights; *correlation*: nearest feature of this model; SIFT and template matching: OpenCV."),
         ("Without a part", ablations_table(found), "PCK@0.1, 1-shot, boxes given, the part switched off in the trained model (`evaluate "
          "--without`): what this model leans on, not what a model trained without it could do."),
+        ("Occluded and absent points", visibility_table(found), "1-shot, boxes given. *Cut*: a third of each query's object is cut off, as "
+         "by the border of a photograph. *Unseen groups*: of a training set whose people marked what is occluded."),
         ("Naming", naming_table(found), "Groups of the training sets that `held_out` names (the recipe above says which runs left them "
          "out). Open set: any name may be written; names "
          "are the same by the rule of `kptllm_core.language.plain_words`."),
@@ -156,7 +158,7 @@ def accuracy_table(found: Findings) -> list[str]:
 
 
 def conditions_table(found: Findings) -> list[str]:
-    names = ("rotated", "5-shot", "text", "visual")
+    names = ("rotated", "5-shot", "one wrong", "text", "visual")
     rows = [
         (name, *(_with_copy(reports.get(n)) for n in names))
         for name, reports in found.evaluations.items()
@@ -164,7 +166,7 @@ def conditions_table(found: Findings) -> list[str]:
     ]
     if rows:
         rows.append(("**skill**", *(_number(found.skill(n)) for n in names)))
-    return markdown(("category", "rotated", "5-shot", "text alone", "visual alone"), rows)
+    return markdown(("category", "rotated", "5-shot", "5-shot, one labelled wrongly", "text alone", "visual alone"), rows)
 
 
 def baselines_table(found: Findings) -> list[str]:
@@ -186,6 +188,20 @@ def ablations_table(found: Findings) -> list[str]:
         if any(c in reports for c in plain)
     ]
     return markdown(("category", "complete", *plain), rows)
+
+
+def visibility_table(found: Findings) -> list[str]:
+    """What the model says of points that are absent, occluded or visible."""
+    rows = []
+    for name, reports in found.evaluations.items():
+        for how in ("cut", "unseen groups"):
+            told = reports.get(how, {}).get("visibility", {})
+            for true in ("absent", "occluded", "visible"):
+                if row := told.get(true):
+                    total = sum(row.values())
+                    shares = (f"{row.get(said, 0) / total:.2f}" for said in ("absent", "occluded", "visible"))
+                    rows.append((name, how, true, str(total), *shares))
+    return markdown(("category", "images", "the point is", "points", "said: absent", "occluded", "visible"), rows)
 
 
 def naming_table(found: Findings) -> list[str]:

@@ -77,9 +77,14 @@ class KeypointDataset:
         return next(iter(schemas.values()))
 
 
-def held_out(group: str) -> bool:
-    """Whether pretraining never sees this group (a tenth of all), so that naming can be measured on training categories."""
-    return int(hashlib.sha256(group.encode()).hexdigest(), 16) % 10 == 0
+def held_out(groups: Iterable[str]) -> set[str]:
+    """The groups of a set that pretraining never sees, so that naming can be measured on training categories.
+
+    A tenth of them, chosen by their hashes; of ten or more at least one.
+    """
+    order = {g: int(hashlib.sha256(g.encode()).hexdigest(), 16) for g in groups}
+    chosen = {g for g, number in order.items() if number % 10 == 0}
+    return chosen or ({min(order, key=order.__getitem__)} if len(order) >= 10 else set())
 
 
 def load_coco(folder: str | Path) -> KeypointDataset:

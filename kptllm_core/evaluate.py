@@ -12,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ from kptllm_core.protocol import (
     Episode,
     Query,
     box_handed,
+    cut_off,
     draw_episodes,
     draw_query,
     load_categories,
     part_of,
     shuffled,
+    spoilt,
     stream,
     true_box,
     turn,
@@ -90,7 +92,12 @@ def _detection(
     for category, episode in _progress(plan):
         schema = shuffled(category.schema, episode.order)
         support = [Example(image, truth) for image, truth, _ in reader.read(map(_upright, episode.support), schema)]
+        right = len(support) - options.wrong
+        support = [e if i < right else replace(e, keypoints=spoilt(e.keypoints)) for i, e in enumerate(support)]
         queries = reader.read(episode.queries, schema)
+        if options.cut:
+            cut = ((*cut_off(i, t, q.jitter), q) for i, t, q in queries)
+            queries = [(i, t, q) for i, t, q in cut if t.placed.any()]
         if len(support) < len(episode.support) or not queries:
             continue
         questions = [Question(i, t, box_handed(true_box(t), options.boxes, q.jitter)) for i, t, q in queries]

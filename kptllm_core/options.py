@@ -29,6 +29,8 @@ class Options:
     prompt: str = "both"  # what the model is shown: visual, text or both
     boxes: str = "given"  # the query's true box, a jittered one, or none (the object must be found)
     rotate: bool = False  # turn each query by a random angle
+    cut: bool = False  # cut a third of each query's object off: the points there are absent
+    wrong: int = 0  # of the shots, those that are labelled wrongly
     task: str = "detect"  # detect points, or name points that are given
     part: str = "all"  # of the groups: those that pretraining sees (train), or never sees (heldout)
     protocol: str = "episodes"  # ours, or that of a public data set
@@ -55,6 +57,8 @@ class Options:
                 raise InvalidInput(f"{flag} {number} is too small. Expected at least {minimum}{why}.")
         if self.shots > 10:
             raise InvalidInput(f"--shots {self.shots} is too many. A prompt holds at most 10 support examples.")
+        if not 0 <= self.wrong < max(self.shots, 1):
+            raise InvalidInput(f"--wrong {self.wrong} of {self.shots} shots. Expected at least one that is right; lower --wrong.")
         self._check_together()
 
     def _check_together(self) -> None:
@@ -72,6 +76,8 @@ class Options:
             raise InvalidInput(
                 "--task name uses of these parts only the extractor. Use --without extractor, or --task detect."
             )
+        if self.protocol != "episodes" and (self.cut or self.wrong):
+            raise InvalidInput(f"--cut and --wrong belong to our own episodes; {self.protocol} knows neither. Leave them out.")
         if self.protocol != "episodes" and self.part != "all":
             raise InvalidInput(
                 f"--part splits the groups of our folders; {self.protocol} has its own split. Leave --part out."
@@ -103,6 +109,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--boxes", choices=BOXES, default=default.boxes, help="the query's true box, as in the protocol; or moved and "
         "scaled a little; or none: the object must be found, as in serving (default: %(default)s)")  # fmt: skip
     add("--rotate", action="store_true", help="turn each query in the plane by a random angle")
+    add("--cut", action="store_true", help="cut a third off each query's object, as the border of a photograph does: is a point "
+        "that is not there said to be absent?")  # fmt: skip
+    add("--wrong", **number, default=default.wrong, help="of the shots, how many are labelled wrongly, each point at the place "
+        "of another (default: %(default)s)")  # fmt: skip
     add("--task", choices=TASKS, default=default.task, help="find points, or name given ones (default: %(default)s)")
     add("--part", choices=PARTS, default=default.part, help="only groups that pretraining sees, or the tenth that it never "
         "sees: what naming is measured on (default: %(default)s)")  # fmt: skip

@@ -19,10 +19,11 @@ from kptllm_core.dataset import Sample, held_out, load_coco
 from kptllm_core.errors import DataError
 from kptllm_core.geometry import box_of_points, similarity_crop
 from kptllm_core.imaging import warp
-from kptllm_core.keypoints import KeypointSchema, KeypointSet
+from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 
 BOXES = ("given", "jittered", "found")
 PARTS = ("all", "train", "heldout")
+CUT = 0.35  # of an object's side: that much is cut off, a point there is absent
 JITTER_SHIFT = 0.1  # a jittered box is moved by up to this × max(w, h) on each axis …
 JITTER_SCALE = 0.2  # … and scaled by up to e^±this
 
@@ -79,7 +80,8 @@ def part_of(categories: Sequence[Category], part: str) -> list[Category]:
         return list(categories)
     found = []
     for category in categories:
-        samples = [s for s in category.samples if held_out(s.group) == (part == "heldout")]
+        unseen = held_out(s.group for s in category.samples)
+        samples = [s for s in category.samples if (s.group in unseen) == (part == "heldout")]
         same_pool = category.supports is category.samples
         if samples:
             found.append(replace(category, samples=samples, supports=samples if same_pool else category.supports))
@@ -222,6 +224,35 @@ def turn(image: np.ndarray, truth: KeypointSet, degrees: float) -> tuple[np.ndar
         np.array([*(centre - size / 2), size, size]),
     )
     return warp(image, canvas), turned
+
+
+def cut_off(image: np.ndarray, truth: KeypointSet, jitter: tuple[float, float, float]) -> tuple[np.ndarray, KeypointSet]:
+    """The image without what lies beyond a line through the object, as at the border of a photograph, and what is left.
+
+    A third of the object (`CUT`) goes; the side is drawn with the query. Points there are absent, the box is what remains of it.
+    """
+    x, y, width, height = true_box(truth)
+    across = abs(jitter[0]) >= abs(jitter[1])
+    start, side, before = (x, width, jitter[0] < 0) if across else (y, height, jitter[1] < 0)
+    line = int(np.clip(round(start + side * (CUT if before else 1 - CUT)), 1, image.shape[1 if across else 0] - 1))
+    rows_or_columns = slice(line, None) if before else slice(0, line)
+    axis = 0 if across else 1
+    left = np.array([x, y, x + width, y + height])
+    left[axis], left[axis + 2] = (line, start + side) if before else (start, line)
+    gone = truth.xy[:, axis] < line if before else truth.xy[:, axis] >= line
+    shift = np.zeros(2)
+    shift[axis] = line if before else 0
+    box = np.array([*(left[:2] - shift), *np.maximum(left[2:] - left[:2], 1.0)])
+    visibility = np.where(gone & truth.placed, Visibility.ABSENT, truth.visibility)
+    image = image[:, rows_or_columns] if across else image[rows_or_columns]
+    return np.ascontiguousarray(image), KeypointSet(truth.names, truth.xy - shift, visibility, truth.score, box)
+
+
+def spoilt(truth: KeypointSet) -> KeypointSet:
+    """The object as somebody labels it who is one point off everywhere: each placed point at the place of the next one."""
+    xy = truth.xy.copy()
+    xy[truth.placed] = np.roll(xy[truth.placed], 1, axis=0)
+    return KeypointSet(truth.names, xy, truth.visibility, truth.score, truth.box)
 
 
 def with_box(truth: KeypointSet, image: np.ndarray) -> KeypointSet:

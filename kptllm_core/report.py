@@ -13,7 +13,7 @@ import numpy as np
 from kptllm_core import metrics
 from kptllm_core.dataset import Sample
 from kptllm_core.errors import DataError
-from kptllm_core.keypoints import KeypointSet
+from kptllm_core.keypoints import KeypointSet, Visibility
 from kptllm_core.language import plain_words
 
 NAMING_RULE = (
@@ -100,7 +100,23 @@ def _figures(pairs: Sequence[Pair]) -> dict[str, Any]:
         "nme": metrics.nme(distances),
         "auc": metrics.auc(distances),
         "calibration_error": metrics.calibration_error(np.concatenate([p.model.score for p in pairs]), hits),
+        "visibility": _visibility(pairs),
     }
+
+
+def _visibility(pairs: Sequence[Pair]) -> dict[str, dict[str, int]]:
+    """{what is true of a point: {what the model said: points}} over occluded, visible and absent; what has none is left out."""
+    said: dict[str, dict[str, int]] = {}
+    for pair in pairs:
+        if pair.predicted is None or pair.truth is None:
+            continue
+        found = pair.predicted.reorder(pair.truth.names).visibility
+        for true, answer in zip(pair.truth.visibility, found, strict=True):
+            if Visibility.NOT_LABELLED not in (true, answer):
+                row = said.setdefault(Visibility(true).name.lower(), {})
+                name = Visibility(answer).name.lower()
+                row[name] = row.get(name, 0) + 1
+    return said
 
 
 def _skill(per_category: dict[str, Any]) -> float | None:

@@ -245,7 +245,7 @@ class Loop:
 
 
 def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe, resume: bool = False,
-             rendered: float = 0.45, self_pairs: float = 0.25, progress: Progress | None = None,
+             rendered: float = 0.4, self_pairs: float = 0.2, progress: Progress | None = None,
              should_stop: Callable[[], bool] | None = None, start: Path | None = None,
              watch: Sequence[Path] = ()) -> dict[str, Any] | None:  # fmt: skip
     """Trains a preset on labelled folders and rendered categories, from nothing or from the weights of `start` (a checkpoint
@@ -256,7 +256,7 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
     along the way, and the checkpoint that is published is the one that was best there.
     """
     config = ModelConfig.load(model_folder(model))
-    samples = [s for folder in data for s in load_coco(folder).samples if not held_out(s.group)]
+    samples = [s for folder in data for s in _seen(load_coco(folder).samples)]
     state = _state_file(out)
     tokenizer = train_tokenizer(_texts(samples), 1024 if config.name == "tiny" else 4096)
     torch.manual_seed(recipe.seed)
@@ -357,6 +357,12 @@ def take_over(model: KptLLM, tokenizer: Any, before: store.Checkpoint) -> None:
                                 "Start from a checkpoint of the same preset, or from nothing.")  # fmt: skip
         else:
             new[name].copy_(value)
+
+
+def _seen(samples: Sequence[Sample]) -> list[Sample]:
+    """Without the groups that pretraining never sees."""
+    unseen = held_out(s.group for s in samples)
+    return [s for s in samples if s.group not in unseen]
 
 
 def data_hash(folders: Sequence[Path]) -> str:

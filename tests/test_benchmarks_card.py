@@ -118,7 +118,7 @@ def test_evaluate_knows_every_flag_of_the_plan(tmp_path: Path) -> None:
     from kptllm_core import evaluate
 
     write_dataset(tmp_path / "b", "insect", 1, seed=1, size=32)
-    unseen = next(f"video {i}" for i in range(1000) if held_out(f"video {i}"))
+    unseen = next(f"video {i}" for i in range(1000) if held_out([f"video {i}"]))
     annotations = tmp_path / "b" / "annotations.json"
     annotations.write_text(annotations.read_text().replace("render_0001", unseen))
     plan = model_card.Plan("tiny", "tiny-0", 64, (tmp_path / "a",), (tmp_path / "b",), tmp_path / "r", 1, 1, 1.0, 0, {})

@@ -18,7 +18,7 @@ from kptllm_core.evaluate import CopyPredictor, Options, evaluate, load_categori
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import plain_words
 from kptllm_core.predictor import Example
-from kptllm_core.protocol import Category, box_handed, draw_episodes, part_of, shuffled, turn, with_box
+from kptllm_core.protocol import Category, box_handed, cut_off, draw_episodes, part_of, shuffled, spoilt, turn, with_box
 from kptllm_core.report import NAMING_RULE, remarks, table, write_json
 
 NAMES = ("nose", "left_ear", "right_ear", "tail")
@@ -272,6 +272,45 @@ def test_rotation_turns_queries_only_and_makes_copying_fail(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize(
+    ("jitter", "gone", "box", "shape"),
+    [
+        ((-0.1, 0, 0), [1], [0, 10, 26, 20], (50, 46)),
+        ((0.1, 0, 0), [2], [20, 10, 26, 20], (50, 46)),
+        ((0, -0.1, 0), [0], [20, 0, 40, 13], (33, 80)),
+        ((0.05, 0.1, 0), [3], [20, 10, 40, 13], (23, 80)),
+    ],
+)
+def test_cutting_off_a_third(jitter: tuple[float, float, float], gone: list[int], box: list[int], shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (50, 80, 3), np.uint8)
+    xy = np.array([[40.0, 12.0], [22.0, 20.0], [58.0, 20.0], [40.0, 28.0], [0.0, 0.0]])
+    seen = np.array([2, 2, 2, 2, 0])
+    truth = KeypointSet(("a", "b", "c", "d", "e"), xy, seen, np.ones(5), np.array([20.0, 10.0, 40.0, 20.0]))
+    left, points = cut_off(image, truth, jitter)
+    assert left.shape[:2] == shape and points.box is not None and points.box.tolist() == box
+    assert [i for i in range(5) if points.visibility[i] == Visibility.ABSENT] == gone
+    assert points.visibility[4] == Visibility.NOT_LABELLED  # nobody knows whether it was there
+    for (x, y), old in zip(points.xy[points.placed].astype(int), xy[points.placed].astype(int), strict=True):
+        assert (left[y, x] == image[old[1], old[0]]).all()
+
+
+def test_the_report_says_what_was_said_of_points_cut_off(tmp_path: Path) -> None:
+    report = evaluate(Recorder(), load_categories([write_folder(tmp_path / "a")]), Options(cut=True, episodes=4, queries=3))
+    said = report["visibility"]
+    assert set(said) == {"absent", "visible"} and report["arguments"]["cut"] is True
+    assert sum(sum(row.values()) for row in said.values()) == 4 * report["pairs"] and set(said["absent"]) == {"visible"}
+
+
+def test_wrong_labels_among_the_shots(tmp_path: Path) -> None:
+    categories = load_categories([write_folder(tmp_path / "a", 20)])
+    told = {"shots": 4, "episodes": 4, "queries": 3}
+    right, wrong = (evaluate(CopyPredictor(), categories, Options(**told, wrong=n)) for n in (0, 2))
+    assert right["pck"]["0.1"] == 1 > wrong["pck"]["0.1"]
+    one = KeypointSet(("a", "b", "c"), np.array([[1.0, 1], [2, 2], [3, 3]]), np.array([2, 0, 2]), np.ones(3), None)
+    assert spoilt(one).xy.tolist() == [[3, 3], [2, 2], [1, 1]]
+
+
 def test_supports_from_another_folder_never_meet_themselves(tmp_path: Path) -> None:
     data, support = write_folder(tmp_path / "a", 6), write_folder(tmp_path / "s", 2, seed=9)
     recorder = Recorder()
@@ -365,14 +404,15 @@ def test_parts_of_the_groups(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "a", 40)
     everything = load_categories([folder])
     kept = {part: part_of(everything, part)[0] for part in ("all", "train", "heldout")}
-    assert all(held_out(s.group) for s in kept["heldout"].samples) and 1 < len(kept["heldout"].samples) < 10
-    assert not any(held_out(s.group) for s in kept["train"].samples)
+    unseen = held_out(s.group for s in kept["all"].samples)
+    assert {s.group for s in kept["heldout"].samples} == unseen and 1 < len(kept["heldout"].samples) < 10
+    assert not unseen & {s.group for s in kept["train"].samples}
     assert len(kept["train"].samples) + len(kept["heldout"].samples) == len(kept["all"].samples) == 40
     assert kept["train"].supports is kept["train"].samples  # supports come from the same part
     named = evaluate(Recorder(), everything, Options(task="name", part="heldout"))
     assert named["points"] == 4 * len(kept["heldout"].samples) and named["arguments"]["part"] == "heldout"
     other = load_categories([folder, write_folder(tmp_path / "b", 3, groups=1, category="rat")], tmp_path / "a")
-    assert not held_out("video 0")
+    assert not held_out(["video 0"])
     assert part_of(other, "heldout")[0].supports is other[0].supports
     report = evaluate(Recorder(), other, Options(part="heldout", episodes=1, queries=2))
     assert list(report["per_category"]) == ["mouse"] and list(report["left_out"]) == ["rat"]
@@ -455,6 +495,9 @@ def test_copy_averages_supports_and_needs_one() -> None:
         ({"prompt": "text", "without": ("identify",)}, "leaves nothing to ask"),
         ({"task": "name", "without": ("llm", "extractor")}, "only the extractor"),
         ({"protocol": "mp100", "part": "train"}, "has its own split"),
+        ({"protocol": "ap10k", "cut": True}, "ap10k knows neither"),
+        ({"shots": 2, "wrong": 2}, "--wrong 2 of 2 shots"),
+        ({"wrong": -1}, "--wrong -1 of 1 shots"),
     ],
 )
 def test_options_are_checked(wrong: dict[str, Any], message: str) -> None:
