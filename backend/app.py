@@ -30,7 +30,7 @@ from backend.reports import Reports
 from backend.rounds import Rounds
 from backend.services import Services
 from backend.settings import Settings
-from backend.status import health_report, job_state, metrics_text, project_list, project_status
+from backend.status import health_report, job_state, metrics_text, project_list, project_status, version_state
 from backend.versions import unknown_project
 from kptllm_core.errors import InvalidInput, KptError, NotFound, SchemaError, TooLarge, Unauthorized, Unavailable
 
@@ -150,14 +150,16 @@ def train(project: str | None = None) -> tuple[Response, int]:
 
 @wire.get("/versions")
 def versions(project: str | None = None) -> Response:
-    """Label Studio names no project here; without one, the versions of all."""
+    """The names, the one that serves first. Label Studio names no project here: without one, those of all; with one also, under
+    `details`, what is known of each, the newest first: whether it serves, whether it was promoted, and why."""
     asked = project or request.args.get("project")
-    known = [project_of(asked)] if asked else [p["project"] for p in project_list(_services())]
-    names = [v.name for number in known for v in reversed(_services().journal.versions(number))]
-    if asked:
-        active = _services().journal.active(project_of(asked)).name
-        names = [active, *(n for n in names if n != active)]
-    return jsonify(versions=list(dict.fromkeys(names)))
+    journal = _services().journal
+    if not asked:
+        names = [v.name for p in project_list(_services()) for v in reversed(journal.versions(p["project"]))]
+        return jsonify(versions=list(dict.fromkeys(names)))
+    active, known = journal.active(project_of(asked)), journal.versions(project_of(asked))[::-1]
+    names = [active.name, *(v.name for v in known)]
+    return jsonify(versions=list(dict.fromkeys(names)), details=[version_state(v, active.id) for v in known])
 
 
 @wire.post("/job_status")

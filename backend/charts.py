@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WIDTH, HEIGHT = 760.0, 270.0
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 170.0, 16.0, 40.0  # margins; the names of the series stand at the right
+WIDTH, HEIGHT = 680.0, 250.0
+LEFT, RIGHT, TOP, BOTTOM = 60.0, 160.0, 16.0, 46.0  # margins; at the right stand the names of the series, see pages/page.css
 APART = 17.0  # between two names, so that they can be read
 MOST_TICKS = 12
+MOST_LINES = 8  # of the grid, above its foot
 Json = dict[str, Any]
 
 
@@ -45,11 +46,16 @@ def curve(lines: Sequence[Line], levels: Sequence[Level] = ()) -> Json | None:
         return None
     rounds = sorted({r for line in lines for r, *_ in line.values})
     highest = max([1.0, *(v for line in lines for _, v, *_ in line.values), *(level.share for level in levels)])
-    top = math.ceil(highest * 4 - 1e-9) / 4
-    first, last = rounds[0], max(rounds[-1], rounds[0] + 1)
+    rise = 0.25  # between two lines of the grid
+    while highest > MOST_LINES * rise:
+        rise *= 2
+    lines_up = math.ceil(highest / rise - 1e-9)
+    top = lines_up * rise
+    first, last = rounds[0], rounds[-1]
 
     def x(number: int) -> float:
-        return round(LEFT + (number - first) / (last - first) * (WIDTH - LEFT - RIGHT), 1)
+        share = (number - first) / (last - first) if last > first else 1.0  # a single round stands beside the names
+        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
     def y(share: float) -> float:
         return round(HEIGHT - BOTTOM - share / top * (HEIGHT - TOP - BOTTOM), 1)
@@ -66,8 +72,9 @@ def curve(lines: Sequence[Line], levels: Sequence[Level] = ()) -> Json | None:
     every = math.ceil((last - first + 1) / MOST_TICKS)
     return {
         "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "bottom": HEIGHT - BOTTOM,
-        "grid": [{"y": y(i * top / 4), "text": f"{i * top / 4:.0%}"} for i in range(5)],
-        "ticks": [{"x": x(n), "text": str(n) if n else "examples"} for n in range(first, last + 1, every)],
+        "grid": [{"y": y(i * rise), "text": f"{i * rise:.0%}"} for i in range(lines_up + 1)],
+        "ticks": [{"x": x(n), "text": str(n)} for n in range(first, last + 1, every)],
+        "axis": "round" if first else "round (0: only the examples)",
         "lines": drawn, "levels": flat, "names": _spread(names),
     }  # fmt: skip
 

@@ -72,8 +72,8 @@ def verdict(pairs: Sequence[Pair], most: int) -> tuple[str, dict[str, Any], str]
     """("previous" | "version" | "", figures, in words): which of the two is better on these images, "" if that cannot be said.
 
     One of them is better when the confidence interval of a paired difference (PCK@0.05, or mean error beyond what people let
-    pass) excludes zero and the other figure does not point the other way. It is looked at every LOOK_EVERY images, at `most`
-    in all; the interval of each look is wide enough that all looks together err in 1 - CONFIDENCE of the cases.
+    pass) excludes zero and that of the other figure does not do so in the other direction. It is looked at every LOOK_EVERY
+    images, at `most` in all; the intervals are wide enough that both figures and all looks together err in 1 - CONFIDENCE of the cases.
     """
     looks = max(most // LOOK_EVERY, 1)
     level = 1 - (1 - CONFIDENCE) / (2 * looks)
@@ -88,11 +88,7 @@ def verdict(pairs: Sequence[Pair], most: int) -> tuple[str, dict[str, Any], str]
     figures = {"images": len(pairs), "level": round(level, 5), "pck@0.05": pck, "error": error}
     # A positive difference of PCK, and a negative one of the error, speak for the promoted version.
     gain, loss = _sign(pck["interval"]), -_sign(beyond["interval"])
-    better = ""
-    if gain + loss > 0 and pck["difference"] >= -_EPS and beyond["difference"] <= _EPS:
-        better = "version"
-    if gain + loss < 0 and pck["difference"] <= _EPS and beyond["difference"] >= -_EPS:
-        better = "previous"
+    better = "version" if gain + loss > 0 else "previous" if gain + loss < 0 else ""
     said = (
         f"on the same {len(pairs)} images PCK@0.05 {pck['version']:.3f} against {pck['previous']:.3f} of the version before "
         f"(difference {_signed(pck)}), mean error {error['version']:.3f} against {error['previous']:.3f} (difference {_signed(beyond)} "

@@ -85,7 +85,8 @@ def versions(project: str) -> str:
     status = _status(project)
     judged = {v["model_version"]: v for v in prequential(_services().journal, status["project"])["versions"]}
     found = comparison_list(_services(), status["project"])
-    return _page("versions.html", status, "versions", judged=judged, comparisons=found)
+    served = {job.version for job in _rounds().history(status["project"]) if job.promoted}
+    return _page("versions.html", status, "versions", judged=judged, comparisons=found, served=served)
 
 
 @pages.get("/projects/<project>/view/compare")
@@ -230,7 +231,7 @@ def page_file(name: str) -> str:
 
 @pages.app_template_filter()
 def percent(share: float | None, digits: int = 0) -> str:
-    return "–" if share is None else f"{100 * share:.{digits}f} %"
+    return "–" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
 
 
 @pages.app_template_filter()

@@ -190,7 +190,7 @@ def advance(session: Session, row: Project, config: LabelConfig | None) -> None:
         return  # chosen anew once the pin is gone
     if sizes_missing(session, row.id, config or parse(row.label_config)):
         return  # the keeper fetches the images, then comes back here
-    freeze(session, row, version.base, version, step, f"{row.labelled} labelled images")
+    freeze(session, row, version.base, version, step, f"{row.labelled} labelled image" + "s" * (row.labelled != 1))
 
 
 def sizes_missing(session: Session, project: str, config: LabelConfig) -> list[tuple[Task, str]]:

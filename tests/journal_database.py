@@ -33,13 +33,15 @@ def journal_url(folder: Path) -> str:
         return f"sqlite:///{folder / 'journal.db'}"
     schema = "test_" + hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     if schema not in _made:
-        _execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE', f'CREATE SCHEMA "{schema}"')
+        execute(POSTGRESQL, f'DROP SCHEMA IF EXISTS "{schema}" CASCADE', f'CREATE SCHEMA "{schema}"')
         _made.add(schema)
     return f"{POSTGRESQL}{'&' if '?' in POSTGRESQL else '?'}options={quote(f'-csearch_path={schema}')}"
 
 
-def _execute(*statements: str) -> None:
-    engine = create_engine(make_url(POSTGRESQL).set(drivername="postgresql+psycopg"))
+def execute(url: str, *statements: str) -> None:
+    """SQL in one transaction, by nobody's journal."""
+    address = make_url(url)
+    engine = create_engine(address.set(drivername="postgresql+psycopg") if address.drivername == "postgresql" else address)
     with engine.begin() as connection:
         for statement in statements:
             connection.execute(text(statement))
@@ -49,4 +51,4 @@ def _execute(*statements: str) -> None:
 @atexit.register
 def _drop() -> None:
     for schema in _made:
-        _execute(f'DROP SCHEMA IF EXISTS "{schema}" CASCADE')
+        execute(POSTGRESQL, f'DROP SCHEMA IF EXISTS "{schema}" CASCADE')

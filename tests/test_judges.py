@@ -53,6 +53,18 @@ def test_figures_that_contradict_each_other_decide_nothing() -> None:
     assert verdict(pairs([(0.5, 0.04)] * 10, [(1.0, 0.045)] * 10), 40)[0] == ""
 
 
+def test_a_difference_that_is_chance_does_not_stand_against_one_that_is_none() -> None:
+    """Few points are near under either version; under the new one the others are twice as far off, on every image."""
+    rng = np.random.default_rng(2)
+    near = rng.choice([0.0, 1 / 13, 2 / 13, 3 / 13], (2, 20))
+    version = [(float(p), float(e)) for p, e in zip(near[0] + 0.02, rng.normal(0.30, 0.02, 20), strict=True)]
+    previous = [(float(p), float(e)) for p, e in zip(near[1], rng.normal(0.15, 0.03, 20), strict=True)]
+    better, figures, _ = verdict(pairs(version, previous), 20)
+    low, high = figures["pck@0.05"]["interval"]
+    assert low < 0 < figures["pck@0.05"]["difference"] < high
+    assert better == "previous"
+
+
 def test_versions_that_are_alike_are_rarely_told_apart_however_often_one_looks() -> None:
     """Over all looks together no more than one in twenty; measured here on 400 comparisons of versions that differ by chance."""
     rng, wrong, most = np.random.default_rng(1), 0, 40

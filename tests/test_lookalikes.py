@@ -12,6 +12,7 @@ from PIL import Image
 
 from backend.journal import Journal
 from backend.lookalikes import Lookalikes, bits, distances, look_of, note_looks, threshold
+from journal_database import journal_url
 
 
 def picture(seed: int, size: tuple[int, int] = (320, 240), kind: str = "PNG", dot: bool = False, **options: int) -> bytes:
@@ -33,7 +34,7 @@ def look(data: bytes) -> str:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Journal]:
-    made = Journal(f"sqlite:///{tmp_path}/journal.db")
+    made = Journal(journal_url(tmp_path))
     yield made
     made.close()
 

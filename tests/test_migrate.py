@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
 
 from sqlalchemy import inspect
@@ -10,6 +9,7 @@ from sqlalchemy import inspect
 from backend.journal import Journal
 from backend.migrate import bring_up_to_date
 from backend.tables import Base, Project, Version
+from journal_database import execute, journal_url
 
 OLD = """
 CREATE TABLE projects (id VARCHAR(64) NOT NULL, title TEXT NOT NULL, label_config TEXT NOT NULL, config_hash VARCHAR(64) NOT NULL,
@@ -21,18 +21,16 @@ CREATE TABLE versions (id INTEGER NOT NULL, project VARCHAR(64) NOT NULL, name T
   CONSTRAINT one_version UNIQUE (project, name));
 CREATE TABLE facts (name VARCHAR(64) NOT NULL, value JSON NOT NULL, PRIMARY KEY (name));
 INSERT INTO facts VALUES ('schema', '{"version": 1}');
-INSERT INTO projects VALUES ('7', 'Dogs', '', '', '{}', 1, 3, 2, NULL, 0, NULL, 1.0);
-INSERT INTO versions VALUES (1, '7', 'nano-0+r0+s0', 'nano-0', 0, NULL, '[]', '[]', '', NULL, NULL, 1, 'first', NULL, NULL, NULL, 1.0);
+INSERT INTO projects VALUES ('7', 'Dogs', '', '', '{}', 1, 3, 2, NULL, FALSE, NULL, 1.0);
+INSERT INTO versions VALUES (1, '7', 'nano-0+r0+s0', 'nano-0', 0, NULL, '[]', '[]', '', NULL, NULL, TRUE, 'first', NULL, NULL, NULL, 1.0);
 """
 
 
 def test_a_journal_of_an_older_release_is_brought_up_to_date_and_keeps_what_it_holds(tmp_path: Path) -> None:
-    file = tmp_path / "journal.db"
-    with sqlite3.connect(file) as old:
-        old.executescript(OLD)
-    old.close()
+    url = journal_url(tmp_path)
+    execute(url, *OLD.strip().removesuffix(";").split(";\n"))
     for _ in range(2):  # the second opening finds nothing to do
-        journal = Journal(f"sqlite:///{file}")
+        journal = Journal(url)
         assert journal.active("7").name == "nano-0+r0+s0"
         with journal.reading() as session:
             project, version = session.get_one(Project, "7"), session.get_one(Version, 1)
@@ -46,7 +44,7 @@ def test_a_journal_of_an_older_release_is_brought_up_to_date_and_keeps_what_it_h
 
 
 def test_what_was_added_is_told_and_only_once(tmp_path: Path) -> None:
-    journal = Journal(f"sqlite:///{tmp_path / 'journal.db'}")
+    journal = Journal(journal_url(tmp_path))
     assert journal.write(lambda session: bring_up_to_date(session.connection(), Base.metadata)) == []
     journal.write(lambda session: session.connection().exec_driver_sql("ALTER TABLE versions DROP COLUMN pruned"))
     assert journal.write(lambda session: bring_up_to_date(session.connection(), Base.metadata)) == ["versions.pruned"]

@@ -120,7 +120,7 @@ def test_the_curves_stand_against_the_people(made: Beetles) -> None:
     assert "two people agree" in said and "images labelled by several" in said
     assert "held-out images" in said and "the next images" in said and "all by hand" in said
     rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td>', page)
-    assert ("examples only", "31.0 %") in rows and ("1", "62.0 %") in rows
+    assert ("examples only", "31.0\xa0%") in rows and ("1", "62.0\xa0%") in rows
     assert page.count("<circle") > 20, "the examples' points are drawn"
     assert "On trial" in said
 
@@ -131,6 +131,8 @@ def test_versions_can_be_served_pinned_and_rolled_back(made: Beetles) -> None:
     assert f'aria-label="Roll back to {status["previous"]}"' in page
     actions = re.findall(r'<form method="post" action="([^"]*)"', page)
     assert {a.rpartition("/")[2] for a in actions} == {"rollback", "pin", "activate"}
+    # A button is the same one when a newer version comes above it: its id is of the version that it is about.
+    assert {f"activate-{v['model_version']}" for v in status["versions"] if not v["active"]} <= set(re.findall(r'id="([^"]*)"', page))
     assert made.here.client.post(f"/projects/1/versions/{status['model_version']}/pin", json={}).status_code == 200
     page = html(made.here, "/projects/1/view/versions")
     assert 'action="/projects/1/unpin"' in page and "is pinned" in words(page)
@@ -299,11 +301,24 @@ def test_a_curve_of_one_round_and_of_many_lies_on_its_canvas() -> None:
         values = [(n, n / rounds, f"{n}", True) for n in range(1, rounds + 1)]
         lines = [charts.Line("a", "judge", values), charts.Line("b", "next", [(1, 1.6, "", False)])]
         drawn = charts.curve(lines, [charts.Level("floor", "floor", 1.0)])
-        assert drawn and drawn["grid"][-1]["text"] == "175%" and len(drawn["ticks"]) <= charts.MOST_TICKS
+        assert drawn and len(drawn["ticks"]) <= charts.MOST_TICKS
+        assert [g["text"] for g in drawn["grid"]] == ["0%", "25%", "50%", "75%", "100%", "125%", "150%", "175%"]
         marks = [m for line in drawn["lines"] for m in line["marks"]]
         assert all(drawn["left"] <= m["x"] <= drawn["right"] and charts.TOP <= m["y"] <= drawn["bottom"] for m in marks)
+        assert max(m["x"] for m in marks) == drawn["right"], "the newest round stands beside the names"
         heights = [n["y"] for n in drawn["names"]]
         assert all(b - a >= charts.APART - 0.2 for a, b in itertools.pairwise(heights))
+
+
+def test_a_share_far_above_1_has_a_grid_that_can_be_read() -> None:
+    drawn = charts.curve([charts.Line("a", "judge", [(1, 3.2, "", True)])])
+    assert drawn and [g["text"] for g in drawn["grid"]] == [f"{50 * i}%" for i in range(8)]
+
+
+def test_without_training_there_is_round_0_and_the_axis_says_what_that_is() -> None:
+    for first, said in ((0, "round (0: only the examples)"), (1, "round")):
+        drawn = charts.curve([charts.Line("a", "judge", [(first, 0.5, "", True), (first + 1, 0.6, "", True)])])
+        assert drawn and drawn["axis"] == said and [t["text"] for t in drawn["ticks"]] == [str(first), str(first + 1)]
 
 
 def test_a_suspicion_is_looked_at_closely_and_inside_the_image() -> None:

@@ -84,6 +84,8 @@ def test_a_version_that_is_worse_on_the_next_images_is_rolled_back_and_says_why(
     assert comparison["figures"]["pck@0.05"]["interval"] == [-1.0, -1.0]
     version = next(v for v in status["versions"] if v["model_version"] == after)
     assert version["promoted"] is False and "Rolled back to" in version["reason"]
+    listed = here.client.get("/projects/1/versions").get_json()
+    assert listed["versions"][0] == comparison["previous"] and listed["details"] == status["versions"][::-1]
     assert status["comparison"] is None
     assert here.predict(here.task(70))[0]["model_version"] == comparison["previous"]
     assert before != after

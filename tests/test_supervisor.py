@@ -23,6 +23,7 @@ import requests
 from backend.settings import Settings
 from backend.supervisor import Child, Supervisor, children, port_is_free
 from backend_world import CONFIG, picture, region
+from journal_database import journal_url
 from kptllm_core.errors import Unavailable
 from small_server import Answer, SmallServer
 
@@ -279,7 +280,7 @@ def test_the_real_backend_serves_survives_a_kill_and_stops(start: Any, tmp_path:
     port = free_port()
     core = free_port()
     run = start(command=[sys.executable, "-u", "-m", "backend"], PORT=str(port), CORE_URL=f"http://127.0.0.1:{core}", DATA_DIR=str(tmp_path),
-                WEB_WORKERS="1", LABEL_STUDIO_URL=f"http://127.0.0.1:{core}")  # fmt: skip
+                DATABASE_URL=journal_url(tmp_path), WEB_WORKERS="1", LABEL_STUDIO_URL=f"http://127.0.0.1:{core}")  # fmt: skip
     url = f"http://127.0.0.1:{port}"
 
     def up() -> bool:
@@ -311,7 +312,7 @@ def test_the_whole_product_on_tiny_survives_kills_in_the_middle_of_a_round(start
     port, core = free_port(), free_port()
     with SmallServer() as studio:
         environment = {"PORT": str(port), "CORE_PORT": str(core), "MODEL": "tiny", "DATA_DIR": str(tmp_path / "backend"), "ROUND_SECONDS": "15",
-                       "LABEL_STUDIO_URL": studio.url, "CORE_URL": ""}  # fmt: skip
+                       "DATABASE_URL": journal_url(tmp_path / "backend"), "LABEL_STUDIO_URL": studio.url, "CORE_URL": ""}  # fmt: skip
         command = [sys.executable, "-u", "-m", "backend"]
         run = start(command=command, **environment)
         url = f"http://127.0.0.1:{port}"

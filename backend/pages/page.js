@@ -2,20 +2,32 @@
 "use strict";
 
 const said = document.getElementById("said");
-const asked = new Map(); // id of a live part → when it is asked for next, milliseconds
+const asked = new Map(); // id of a live part → when it was asked for last, milliseconds
+const SHOWN = 12000; // milliseconds that a message stays; one about trouble stays until it is closed
+const MOST = 3; // messages at once
+let sent = 0, applied = 0; // numbers of the states of the page that were asked for, and of the newest that was shown
+let failures = 0;
 
 /** Say something to everybody, screen readers too. */
 function say(text, bad = false) {
   const line = document.createElement("p");
   line.textContent = text;
-  if (bad) line.className = "bad";
-  said.replaceChildren(line);
-  if (!bad) setTimeout(() => line.remove(), 12000);
+  if (bad) {
+    const close = document.createElement("button");
+    Object.assign(close, { type: "button", className: "quiet", textContent: "Close", onclick: () => line.remove() });
+    line.className = "bad";
+    line.append(" ", close);
+  }
+  said.append(line);
+  while (said.children.length > MOST) said.firstElementChild.remove();
+  if (!bad) setTimeout(() => line.remove(), SHOWN);
+  return line;
 }
 
 /** Post a form to its JSON route, then show how things stand. */
 async function post(form) {
   const button = form.querySelector("button");
+  if (button.getAttribute("aria-busy")) return; // pressed twice
   const body = JSON.parse(form.dataset.body);
   for (const box of form.querySelectorAll("input[type=checkbox]")) body[box.name] = box.checked;
   button.setAttribute("aria-busy", "true");
@@ -24,66 +36,130 @@ async function post(form) {
       method: "POST", headers: { "Content-Type": "application/json", Accept: "application/json" }, body: JSON.stringify(body),
     });
     const told = await answer.json();
+    said.replaceChildren(); // what was said of earlier deeds may hold no more
     say(told.error ? told.error.message : told.message || "Done.", Boolean(told.error));
   } catch (error) {
     say(`The backend did not answer (${error.message}). Is it running?`, true);
   }
   button.removeAttribute("aria-busy");
-  await refresh();
+  await refresh().catch(() => {}); // what is shown stays; the next turn tries again
 }
 
-/** The same part of another state of the page takes its place; the keyboard stays where it was, what was opened stays open. */
-function exchange(old, fresh) {
-  own(fresh); // both are to be in the reader's own words, or they would always differ
+// ---------------------------------------------------------------- one state of the page after another
+
+const KEPT = ["open", "tabindex", "aria-busy"]; // what a person, or this script, did to an element
+
+/** What tells an element from its siblings, in every state of the page: its id; of a form, what its button does, and says that it does. */
+function key(node) {
+  if (node.id || node.nodeName !== "FORM") return node.id || "";
+  return [node.getAttribute("action"), node.dataset.body, node.querySelector("button")?.getAttribute("aria-label")].join();
+}
+
+/** What `child` was in the state before: the same key, else the same kind of element that is not passed by anything with a key. */
+function counterpart(child, from) {
+  const like = (node) => node.nodeName === child.nodeName && key(node) === key(child);
+  if (child.nodeType === Node.TEXT_NODE) return from && like(from) ? from : null;
+  for (let node = from; node; node = node.nextSibling) {
+    if (like(node)) return node;
+    if (!key(child) && key(node)) return null;
+  }
+  return null;
+}
+
+/**
+ * Make `old` what `fresh` is, and touch only what differs. Elements that stay are the same ones: a button that is being
+ * clicked, the keyboard's place, a selection, an opened <details> and how far something was scrolled outlast it.
+ */
+function patch(old, fresh) {
   if (old.isEqualNode(fresh)) return;
-  const focused = old.contains(document.activeElement) ? document.activeElement : null;
-  const open = [...old.querySelectorAll("details")].map((d) => d.open);
-  const words = (part) => [...part.querySelectorAll("[data-announce]")].map((e) => e.textContent.trim().replace(/\s+/g, " "));
-  const before = words(old);
-  const news = words(fresh).filter((text) => !before.includes(text));
-  const boxes = [...old.querySelectorAll("input[type=checkbox]")].filter((box) => box.checked).map((box) => box.id);
-  old.replaceWith(fresh);
-  [...fresh.querySelectorAll("details")].forEach((d, i) => { d.open = Boolean(open[i]); });
-  for (const id of boxes) { const box = document.getElementById(id); if (box) box.checked = true; }
-  if (focused) (focused.id && document.getElementById(focused.id) || fresh.querySelector("button:enabled, a") || document.getElementById("main")).focus({ preventScroll: true });
+  if (old.nodeType === Node.TEXT_NODE) {
+    old.data = fresh.data;
+    return;
+  }
+  for (const { name } of [...old.attributes]) if (!fresh.hasAttribute(name) && !KEPT.includes(name)) old.removeAttribute(name);
+  for (const { name, value } of fresh.attributes) if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  const keys = new Set([...fresh.children].map(key));
+  for (const child of [...old.children]) if (!keys.has(key(child)) && key(child)) child.remove();
+  let at = old.firstChild;
+  const next = () => { const gone = at; at = at.nextSibling; return gone; };
+  for (const child of [...fresh.childNodes]) {
+    const same = counterpart(child, at);
+    while (same && at !== same && !key(at)) next().remove();
+    if (at !== same || !same) old.insertBefore(same || child, at);
+    else next();
+    if (same) patch(same, child);
+  }
+  while (at) next().remove();
+}
+
+/** Where the keyboard goes when what it is on vanishes: the next entry of the same list, else what surrounded it. Never to another button. */
+function nearby(element, part) {
+  const places = [];
+  for (let at = element; at !== part; at = at.parentElement) {
+    if (at.matches("li")) places.push(at, at.nextElementSibling, at.previousElementSibling);
+    if (at.matches("section")) places.push(at);
+  }
+  return [...places, part].filter(Boolean);
+}
+
+/** A live part becomes what it is in the next state of the page; what is new in it and [data-announce] is said. */
+function exchange(part, fresh) {
+  own(fresh); // both are to be in the reader's own words, or they would always differ
+  const words = () => [...part.querySelectorAll("[data-announce]")].map((e) => e.textContent.trim().replace(/\s+/g, " "));
+  const focused = document.activeElement;
+  const places = part.contains(focused) ? nearby(focused, part) : [];
+  const before = words();
+  patch(part, fresh);
+  if (places.length && !focused.isConnected) {
+    const place = places.find((e) => e.isConnected);
+    place.tabIndex = -1;
+    place.focus({ preventScroll: true });
+  }
+  const news = words().filter((text) => !before.includes(text));
   if (news.length && before.length) say(news.join(" "));
 }
 
+/** The page as it is now; null when a newer state is shown already. */
 async function page(url) {
+  const number = ++sent;
   const answer = await fetch(url, { headers: { Accept: "text/html" } });
   if (!answer.ok) throw new Error(`status ${answer.status}`);
-  return new DOMParser().parseFromString(await answer.text(), "text/html");
+  const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+  if (number < applied) return null;
+  applied = number;
+  return fresh;
 }
 
 /** All live parts of this page, as they are now. */
 async function refresh() {
-  try {
-    const fresh = await page(location.href);
-    for (const old of document.querySelectorAll("[data-live]")) {
-      const found = fresh.getElementById(old.id);
-      if (found) exchange(old, document.adoptNode(found));
-    }
-  } catch { /* the next turn tries again; what is shown stays */ }
+  const fresh = await page(location.href);
+  for (const part of document.querySelectorAll("[data-live]")) {
+    const found = fresh?.getElementById(part.id);
+    if (found) exchange(part, document.adoptNode(found));
+  }
 }
 
 /** One live part that has an address of its own. When it tells of another state, all other parts are asked for, too. */
 async function renew(part) {
-  try {
-    const fresh = (await page(part.dataset.url)).getElementById(part.id);
-    const changed = fresh.dataset.state !== part.dataset.state;
-    exchange(part, document.adoptNode(fresh));
-    if (changed) await refresh();
-  } catch { /* as above */ }
+  const fresh = (await page(part.dataset.url))?.getElementById(part.id);
+  if (!fresh) return;
+  const changed = fresh.dataset.state !== part.dataset.state;
+  exchange(part, document.adoptNode(fresh));
+  if (changed) await refresh();
 }
 
 async function turn() {
-  if (!document.hidden) {
-    for (const part of document.querySelectorAll("[data-live][data-every]")) {
-      if (!asked.has(part.id)) asked.set(part.id, Date.now() + 1000 * part.dataset.every);
-      if (Date.now() < asked.get(part.id)) continue;
+  for (const part of document.hidden ? [] : document.querySelectorAll("[data-live][data-every]")) {
+    if (!asked.has(part.id)) asked.set(part.id, Date.now());
+    if (Date.now() < asked.get(part.id) + 1000 * part.dataset.every) continue;
+    asked.set(part.id, Date.now());
+    try {
       await (part.dataset.url ? renew(part) : refresh());
-      const now = document.getElementById(part.id);
-      asked.set(part.id, Date.now() + 1000 * (now?.dataset.every || 60));
+      failures = 0;
+      document.getElementById("lost")?.remove();
+    } catch { // once is nothing: the next turn tries again
+      failures += 1;
+      if (failures === 2) say("The backend does not answer; what is shown here may be old.", true).id = "lost";
     }
   }
   setTimeout(turn, 500);
@@ -99,7 +175,6 @@ function own(root) {
 document.addEventListener("submit", (event) => {
   if (event.target.matches("form[data-body]")) {
     event.preventDefault();
-    asked.clear();
     post(event.target);
   }
 });

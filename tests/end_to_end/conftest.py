@@ -15,6 +15,7 @@ from backend.demo.samples import Material, rendered
 from backend.demo.services import LOOPBACK, Login, answers, free_port, product
 from backend.demo.tour import Tour
 from backend.label_studio import LabelStudio
+from journal_database import journal_url
 
 ROUND_SECONDS = 8
 
@@ -45,13 +46,13 @@ def stack(
     port, core = free_port(), free_port()
     backend = f"http://{LOOPBACK}:{port}"
     folder = tmp_path_factory.mktemp("product")
+    data = {"DATA_DIR": str(folder / "backend"), "DATABASE_URL": journal_url(folder / "backend")}
     service = product(folder, {
         "LABEL_STUDIO_URL": url, "LABEL_STUDIO_API_KEY": login.token, "HOST": LOOPBACK, "PORT": str(port),
-        "CORE_PORT": str(core), "CORE_URL": "", "MODEL": tiny_model, "ROUND_SECONDS": str(ROUND_SECONDS),
+        "CORE_PORT": str(core), "CORE_URL": "", "MODEL": tiny_model, "ROUND_SECONDS": str(ROUND_SECONDS), **data,
     })  # fmt: skip
     service.start(answers(f"{backend}/health", "base"), 300)
-    beside = {"LABEL_STUDIO_URL": url, "LABEL_STUDIO_API_KEY": login.token,
-              "CORE_URL": f"http://{LOOPBACK}:{core}", "DATA_DIR": str(folder / "backend")}  # fmt: skip
+    beside = {"LABEL_STUDIO_URL": url, "LABEL_STUDIO_API_KEY": login.token, "CORE_URL": f"http://{LOOPBACK}:{core}", **data}
     yield Stack(url, login, backend, {**os.environ, **beside})
     service.stop()
 

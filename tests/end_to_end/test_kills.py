@@ -22,6 +22,7 @@ from backend.tables import Annotation
 from benchmarks import effort
 from benchmarks.replay import Log, Player, playing
 from benchmarks.studio import Studio
+from journal_database import journal_url
 
 pytestmark = pytest.mark.slow
 VICTIMS = {"trainer": "kptllm_core.trainer", "backend": "gunicorn", "core": "kptllm_core serve"}
@@ -62,9 +63,9 @@ class Killer(threading.Thread):
 def test_no_acknowledged_annotation_is_lost(tmp_path: Path, tiny_model: str, seed: int) -> None:
     render(tmp_path / "insects", IMAGES, seed=3)
     material = effort.material_of(tmp_path / "insects")
-    log = Log(tmp_path / "state" / "replay.jsonl", {"seed": seed})
-    settings = {"MODEL": tiny_model, "ROUND_SECONDS": "6", "LABEL_STUDIO_API_KEY": ""}
     folder = tmp_path / "state"
+    log = Log(folder / "replay.jsonl", {"seed": seed})
+    settings = {"MODEL": tiny_model, "ROUND_SECONDS": "6", "LABEL_STUDIO_API_KEY": "", "DATABASE_URL": journal_url(folder / "backend")}
     acknowledged: list[dict[str, Any]] = []
     with (
         Studio(material.title, material.config, [p.path for p in material.pictures]) as studio,
@@ -98,7 +99,7 @@ def test_no_acknowledged_annotation_is_lost(tmp_path: Path, tiny_model: str, see
 
     latest = {a["id"]: a for a in acknowledged}
     assert latest[revised]["result"] != log.of("image")[0]["annotation"]["result"]
-    journal = Journal(f"sqlite:///{folder / 'backend' / 'journal.db'}")
+    journal = Journal(journal_url(folder / "backend"))
     with journal.reading() as session:
         kept = {a.annotation: a for a in session.scalars(select(Annotation).where(Annotation.current))}
         assert set(kept) == set(latest)

@@ -1,79 +1,101 @@
-"""A person at the page, in a real browser: start a round, watch its bar, compare two versions, roll back, dismiss a finding.
+"""A person at the page, in a real browser: start a round, watch its bar, compare two versions, pin, roll back, dismiss a finding.
 
-Everything but the model and its trainer is real; see page_world.py. The pictures in .data/test-artifacts are to be looked at.
+The first test has everything real: Label Studio, the backend, the core with its model and its trainer. The second goes through all
+of the page on a project with some history, where the model and the trainer are played (page_world.py), so that it can say when
+the bar moves. The pictures in .data/test-artifacts are to be looked at.
 """
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import kptllm_core.predictor  # noqa: F401 - it loads torch, which no step shall wait for within its time
-from page_world import Beetles, beetles, served
+from backend.demo.samples import Material
+from backend.split import MIN_HELDOUT
+from end_to_end.conftest import Stack
+from end_to_end.reader import Reader, reader
+from page_world import Beetles, beetles, figures, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
-SECONDS = 90
+EXAMPLES, LABELLED, ROUND_SECONDS = 5, 12, 900.0
 PAGES = {"projects": "/", "overview": "/projects/1/"} | {
     name: f"/projects/1/view/{name}" for name in ("versions", "compare", "next", "labels")
 }
 
 
-@dataclass
-class Reader:
-    """A person in front of a browser."""
+@pytest.mark.label_studio
+def test_a_round_is_started_watched_compared_pinned_and_rolled_back(
+    stack: Stack, insects: Callable[[int], Material], chromium: tuple[str, str], tmp_path: Path, artifacts: Path
+) -> None:
+    tour = stack.tour(insects(LABELLED))
+    pictures = list(tour.project.material.pictures)
+    tour.label(pictures[:EXAMPLES])
+    tour.predict(pictures[EXAMPLES:])
+    tour.correct(pictures[EXAMPLES:], LABELLED)
+    before, here = tour.version, f"/projects/{tour.project.id}"
 
-    driver: Any
-    url: str
-    folder: Path
+    with reader(chromium, stack.backend, artifacts, tmp_path / "profile") as person:
+        # The round: its bar moves by itself, in one piece, and the keyboard stays on a button that stays.
+        person.open(f"{here}/")
+        person.follow_the_bar()
+        person.press("#start")
+        person.reads("Round 1 starts with 12 labelled images.", "#said")
+        person.wait_for("#cancel")
+        person.run("window.button = document.getElementById('cancel'); window.button.focus()")
+        person.until(lambda: len(person.bar()) >= 2, "the bar moves")
+        assert person.run("return document.activeElement === window.button || !window.button.isConnected")
+        person.look("real-running")
+        long(person).reads("Round 1, done.", "#now")
+        moved = person.bar()
+        assert moved == sorted(moved)
+        (made,) = (v for v in tour.status()["versions"] if v["round"] == 1 and v["after"])
+        new = made["model_version"]
+        person.reads(f"{new if made['promoted'] else before} serves", "#head")
+        person.looks("real-overview")
 
-    def open(self, path: str) -> None:
-        self.driver.get(self.url + path)
+        # Whatever was decided, the new version serves now, and it is one step back to the other.
+        person.open(f"{here}/view/versions")
+        if not made["promoted"]:
+            person.press(f"[id='activate-{new}']")
+        person.reads(f"{new} serves", "#head")
+        tour.wait_until_serves(new)
 
-    def find(self, selector: str) -> Any:
-        return self.until(lambda: self.driver.find_elements("css selector", selector), selector)[0]
+        # Side by side: on each held-out image both versions draw their points, on the same picture.
+        person.press("section a[href*='view/compare']")
+        person.wait_for("#compared table")
+        if person.there("#want"):
+            person.press("#want")
+        person.until(lambda: sum(n > 0 for p in person.compared() for _, n in p) == 2 * MIN_HELDOUT, "the points of both versions")
+        compared = person.compared()
+        assert all(one == other for (one, _), (other, _) in compared)
+        assert len({address for (address, _), _ in compared}) == MIN_HELDOUT
+        assert {before, new} <= set(person.text("#compared").split())
+        person.looks("real-compared")
 
-    def press(self, selector: str) -> None:
-        """With the keyboard: what cannot be reached so is not operable."""
-        button = self.find(selector)
-        self.driver.execute_script("arguments[0].focus()", button)
-        assert self.driver.switch_to.active_element == button
-        button.send_keys("\n")
+        # Pin, unpin, and back.
+        person.open(f"{here}/view/versions")
+        person.press("#pin")
+        person.reads(f"{new} serves until it is unpinned.", "#said")
+        person.reads("pinned", "#head")
+        assert tour.status()["pinned"] == new
+        person.press("#unpin")
+        person.reads(f"{new} serves until a better one comes.", "#said")
+        person.press("#rollback")
+        person.reads(f"{before} serves again; {new} is kept, and can be activated.", "#said")
+        person.reads(f"{before} serves", "#head")
+        person.reads(before, ".version.active")
+        tour.wait_until_serves(before)
+        person.looks("real-versions")
+        assert person.complaints() == []
 
-    def text(self, selector: str = "main") -> str:
-        found = self.driver.find_elements("css selector", selector)
-        return str(self.driver.execute_script("return arguments[0].textContent", found[0])) if found else ""
 
-    def reads(self, words: str, selector: str = "main") -> None:
-        self.until(lambda: words in " ".join(self.text(selector).split()), words)
-
-    def until(self, done: Callable[[], Any], what: str) -> Any:
-        end = time.monotonic() + SECONDS
-        while not (found := done()):
-            assert time.monotonic() < end, f"it never came: {what}; the page says: {' '.join(self.text().split())[:2000]}"
-            time.sleep(0.1)
-        return found
-
-    def look(self, name: str, scheme: str, width: int = 1280) -> None:
-        """Keep a picture of the whole page; nothing may stick out at its side."""
-        preference = {"name": "prefers-color-scheme", "value": scheme}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [preference]})
-        for height in (900, None):
-            size = height or min(self.driver.execute_script("return document.documentElement.scrollHeight"), 3000)
-            self.driver.execute_cdp_cmd(
-                "Emulation.setDeviceMetricsOverride", {"width": width, "height": size, "deviceScaleFactor": 1, "mobile": False}
-            )
-        time.sleep(0.5)
-        assert self.driver.execute_script("return document.documentElement.scrollWidth <= innerWidth"), f"{name}: too wide"
-        self.driver.save_screenshot(str(self.folder / f"page-{name}-{scheme}{'' if width == 1280 else '-narrow'}.png"))
-
-    def complaints(self) -> list[str]:
-        """What the browser refused, or a script stumbled over."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+def long(person: Reader) -> Reader:
+    """The same person with the patience for a whole round."""
+    return Reader(person.driver, person.url, person.folder, ROUND_SECONDS)
 
 
 @pytest.fixture
@@ -91,94 +113,97 @@ def made(tmp_path: Path) -> Iterator[Beetles]:
 
 
 @pytest.fixture
-def reader(made: Beetles, chromium: tuple[str, str], tmp_path: Path, artifacts: Path) -> Iterator[Reader]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.options import Options
-    from selenium.webdriver.chrome.service import Service
-
-    from end_to_end.browser import FLAGS
-
-    options = Options()
-    options.binary_location = chromium[0]
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with served(made) as url:
-        driver = webdriver.Chrome(options=options, service=Service(chromium[1]))
-        try:
-            yield Reader(driver, url, artifacts)
-        finally:
-            driver.quit()
+def person(made: Beetles, chromium: tuple[str, str], tmp_path: Path, artifacts: Path) -> Iterator[Reader]:
+    with served(made) as url, reader(chromium, url, artifacts, tmp_path / "profile") as found:
+        yield found
 
 
-def test_a_person_starts_a_round_watches_it_compares_and_rolls_back(made: Beetles, reader: Reader) -> None:
-    here = made.here
+def test_every_part_of_the_page_in_light_and_dark_wide_and_narrow(person: Reader) -> None:
     for name, path in PAGES.items():
-        reader.open(path)
-        reader.find("h1")
-        for scheme in ("light", "dark"):
-            reader.look(name, scheme)
-        reader.look(name, "light", width=390)
-    assert reader.complaints() == []
+        person.open(path)
+        person.wait_for("h1")
+        person.looks(f"page-{name}")
+    assert person.complaints() == []
 
-    # A round: its bar appears without reloading, moves, and goes; then the version serves, and the curve is longer.
+
+def test_the_page_keeps_itself_up_to_date_and_disturbs_nobody(made: Beetles, person: Reader) -> None:
+    here = made.here
     before = here.status()["model_version"]
     made.task(99)
-    here.train_seconds, here.figures = 15.0, ({"pck": {"0.05": 0.6, "0.1": 0.8}, "nme": 0.06, "points": 20}, {
-        "pck": {"0.05": 0.8, "0.1": 0.9}, "nme": 0.04, "points": 20})  # fmt: skip
-    reader.open("/projects/1/")
-    reader.driver.execute_script("window.stayed = true")
-    reader.press("#start")
-    reader.reads("Round 2 starts with 19 labelled images.", "#said")
-    reader.until(lambda: reader.driver.execute_script("return document.getElementById('progress')?.value") == 1, "the bar")
-    assert reader.text("#progress-text").split()[:6] == ["Round", "2", "1", "of", "2", "·"]
-    reader.look("running", "light")
-    reader.look("running", "dark")
-    reader.reads("Round 2, done.", "#now")
-    reader.reads(here.status()["model_version"], "#head")
-    reader.reads("Round 2, done.", "#said")  # whoever hears the page is told, too
-    reader.until(lambda: len(reader.driver.find_elements("css selector", "#accuracy-d ~ circle.mark.judge")) == 3, "the curve")
-    assert reader.driver.execute_script("return window.stayed"), "the page was loaded anew"
+    here.train_seconds, here.figures = 600.0, (figures(0.6), figures(0.8))
+
+    # A round: its bar appears without reloading and moves. What a person holds on to is not taken away.
+    person.open("/projects/1/")
+    person.run("window.stayed = true; document.querySelector('#replace').click(); document.querySelector('details').open = true")
+    person.follow_the_bar()
+    person.press("#start")
+    person.reads("Round 2 starts with 19 labelled images.", "#said")
+    person.until(lambda: person.bar() == [1], "the bar")
+    assert person.text("#progress-text") == "Round 2 1 of 2 · 50 %"
+    assert person.run("return document.activeElement.matches('section') && document.activeElement.querySelector('#cancel') !== null")
+    assert person.run("return document.querySelector('#replace').checked && document.querySelector('details').open")
+    person.looks("page-running")
+    person.hold("#cancel")
+    step(here.folder, 3, 4)
+    person.until(lambda: person.bar() == [1, 3], "the bar moves")
+    person.release()
+    person.reads("Round 2, cancelled.", "#now")
+
+    # The next one ends, and the version serves: the curve is longer, and whoever hears the page is told.
+    here.train_seconds = 3.0
+    person.press("#start")
+    person.reads("Round 3, done.", "#now")
+    person.reads("Round 3, done.", "#said")
     after = here.status()["model_version"]
     assert after != before
+    person.reads(f"{after} serves", "#head")
+    person.until(lambda: person.there("#accuracy-d ~ circle.mark.judge") == 3, "the curve")
+    assert person.run("return window.stayed"), "the page was loaded anew"
 
     # Two versions side by side: what is missing is made when it is asked for, and appears by itself.
-    reader.open("/projects/1/view/versions")
-    reader.driver.find_element("link text", "Compare with the one before").click()
-    reader.find("#compared")
-    if reader.driver.find_elements("css selector", "#want"):
-        reader.press("#want")
-    reader.until(lambda: len(reader.driver.find_elements("css selector", ".versus .picture .dot")) >= 40, "both versions' points")
-    picture = "return getComputedStyle(document.querySelector('.versus .picture image')).width"
-    assert float(reader.driver.execute_script(picture).removesuffix("px")) > 50
-    reader.look("compared", "light")
-    reader.look("compared", "dark")
+    person.open("/projects/1/view/versions")
+    person.press("section a[href*='view/compare']")
+    person.wait_for("#compared")
+    if person.there("#want"):
+        person.press("#want")
+    person.until(lambda: [[n for _, n in p] for p in person.compared()] == [[4, 4]] * MIN_HELDOUT, "both versions' points")
+    person.looks("page-compared")
 
-    # Pin, unpin, roll back.
-    reader.open("/projects/1/view/versions")
-    reader.press("#pin")
-    reader.reads("serves until it is unpinned.", "#said")
-    reader.press("#unpin")
-    reader.reads("serves until a better one comes.", "#said")
-    reader.press("#rollback")
-    reader.reads(f"{before} serves again; {after} is kept, and can be activated.", "#said")
+    # Pin, unpin, roll back. The keyboard stays near, and never on a button that does something else.
+    focus = "return document.activeElement.getAttribute('aria-labelledby')"
+    person.open("/projects/1/view/versions")
+    person.press("#pin")
+    person.reads("serves until it is unpinned.", "#said")
+    person.wait_for("#unpin")
+    assert person.run(focus) == "serving"
+    person.press("#unpin")
+    person.reads("serves until a better one comes.", "#said")
+    person.press("#rollback")
+    person.reads(f"{before} serves again; {after} is kept, and can be activated.", "#said")
     assert here.status()["model_version"] == before
-    reader.reads(before, ".version.active")
+    person.reads("rolled back", f"[id='v-{after}']")
+    person.reads(before, ".version.active")
+    person.reads(f"{before} serves", "#head")
+    assert person.run(focus) == "serving", "a second Enter would roll back once more"
 
-    # A finding is dismissed, and a round cancelled.
-    reader.open("/projects/1/view/labels")
-    reader.reads("Left and right exchanged")
-    reader.press("[id^=dismiss-]")
-    reader.reads("Nothing looks wrong.")
-    here.train_seconds = 60.0
-    reader.open("/projects/1/")
-    reader.press("#start")
-    reader.press("#cancel")
-    reader.reads("Round 3, cancelled.", "#now")
+    # A finding is dismissed.
+    person.open("/projects/1/view/labels")
+    person.reads("Left and right exchanged")
+    person.press("[id^=dismiss-]")
+    person.reads("Nothing looks wrong.")
 
     # Predictions in advance.
-    reader.press("#prelabel-start")
-    reader.reads("Predicting all unlabelled images.", "#now")
-    reader.press("#prelabel-cancel")
-    reader.reads("Cancelled:", "#now")
-    assert reader.complaints() == []
+    person.open("/projects/1/")
+    person.press("#prelabel-start")
+    person.reads("Predicting all unlabelled images.", "#now")
+    person.press("#prelabel-cancel")
+    person.reads("Cancelled:", "#now")
+    assert person.complaints() == []
+
+
+def step(world: Path, number: int, of: int) -> None:
+    """The running trainer is so far."""
+    (run,) = (f for f in (world / "core" / "rounds").glob("*/progress.json") if not (f.parent / "result.json").exists())
+    fresh = run.with_suffix(".new")
+    fresh.write_text(json.dumps({"phase": "training", "step": number, "steps": of, "loss": 0.4, "eta_seconds": 20.0}))
+    fresh.rename(run)
