@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kptllm_core.config import ModelConfig
-from kptllm_core.prompts import sample
+from kptllm_core.prompts import Under, sample
 from kptllm_core.vision import Attention, Features, cell_centres, position_code
 
 WINDOW = 3  # cells on each side of the peak that the soft-argmax weighs
@@ -169,8 +169,8 @@ class Refinement(nn.Module):
     def __init__(self, config: ModelConfig, dim: int) -> None:
         super().__init__()
         width, heads = config.refine_width, config.refine_heads
-        self.look = sum(config.features)
-        self.enter = nn.Linear(3 * 64 + self.look + 2 * dim + 7, width)
+        self.under = Under(config.features)
+        self.enter = nn.Linear(3 * 64 + sum(config.features) + 2 * dim + 7, width)
         self.bias = nn.Sequential(nn.Linear(9, 32), nn.GELU(), nn.Linear(32, heads))
         self.layers = nn.ModuleList([Attention(width, heads, expand=2) for _ in range(config.refine_layers)])
         self.norm = nn.LayerNorm(width)
@@ -199,7 +199,7 @@ class Refinement(nn.Module):
         at, weight = xy.detach(), torch.where(fixed, 4.0, sure.detach()) * asked * support.known
         expected = robust_fit(support.layout, at, weight)
         expected = torch.where(support.known.unsqueeze(-1), expected, at)
-        under = torch.cat([sample(m, at) for m in features], -1)
+        under = self.under(features, at)
         scalars = torch.cat([torch.stack([sure, spread, flat.amax(-1) / 10, support.known.float(), fixed.float()], -1), (expected - at) * 4], -1)
         codes = [position_code(p, 64) for p in (at, support.layout, expected)]
         x = self.enter(torch.cat([*codes, under.float(), support.token.float(), state.float(), scalars], -1))

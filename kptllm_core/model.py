@@ -48,7 +48,7 @@ class KptLLM(nn.Module):
         self.shots = ShotAttention(dim)
         self.prompt_token = nn.Linear(dim, dim)
         self.echo = nn.Linear(dim, dim)  # of the prompt in all tokens behind it: from scratch, attention hardly finds it
-        nn.init.zeros_(self.echo.weight)
+        nn.init.normal_(self.echo.weight, std=0.01)
         nn.init.zeros_(self.echo.bias)
         self.decoder = Decoder(config, dim)
 

@@ -133,7 +133,7 @@ def loss_of(model: KptLLM, batch: Batch, naming: int = 8) -> tuple[Tensor, dict[
     }
     if naming:
         parts["naming"] = naming_loss(model, features, batch, naming)
-    weights = {"heat": 0.5, "match": 0.15, "refined": 1.0, "position": 2.0, "expected": 0.1, "words": 0.25, "naming": 0.5, "visibility": 0.2,
+    weights = {"heat": 0.5, "match": 0.15, "refined": 1.0, "position": 2.0, "expected": 0.1, "words": 0.25, "naming": 1.5, "visibility": 0.2,
                "confidence": 0.3}  # fmt: skip
     total = torch.stack([weights[k] * v.float() for k, v in parts.items()]).sum()
     with torch.no_grad():

@@ -27,27 +27,44 @@ class PromptEncoder(nn.Module):
         return self.layers(position_code(xy, 64))
 
 
+class Under(nn.Module):
+    """What lies under points: the maps of all scales there, each with a norm, without which the finest drowns all else."""
+
+    def __init__(self, channels: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(c) for c in channels])
+
+    def forward(self, features: Features, xy: Tensor) -> Tensor:
+        """xy: (B, K, 2) in 0…1 → (B, K, sum of channels)."""
+        return torch.cat([norm(sample(m, xy)) for norm, m in zip(self.norms, features, strict=True)], -1)
+
+
 class PromptFeatureExtractor(nn.Module):
-    """Cross-attention: the query is the prompt (its position and what lies under it), keys and values the support image."""
+    """Cross-attention: the query is the prompt (its position and what lies under it), keys and values the support image.
+
+    The prompt itself is added to what the attention found, each with a norm of its own: else what all points of an image have in
+    common outgrows what tells them apart, and the LLM hears which image is meant, but not which point.
+    """
 
     def __init__(self, channels: tuple[int, int, int], dim: int, layers: int, heads: int) -> None:
         super().__init__()
         self.encoder = PromptEncoder(dim)
+        self.under = Under(channels)
         self.local = nn.Linear(sum(channels), dim)
-        self.memory = nn.Linear(channels[2], dim)
+        self.memory = nn.Sequential(nn.LayerNorm(channels[2]), nn.Linear(channels[2], dim))
         self.where = nn.Linear(64, dim)
         self.layers = nn.ModuleList([Attention(dim, heads, expand=2) for _ in range(layers)])
-        self.norm = nn.LayerNorm(dim)
+        self.norm_prompt, self.norm_context = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, features: Features, xy: Tensor) -> Tensor:
         """xy: (B, K, 2) in 0…1 of the support crops → prompt tokens (B, K, dim)."""
         height, width = features.coarse.shape[-2:]
         memory = self.memory(features.coarse.flatten(2).transpose(1, 2))
         memory = memory + self.where(position_code(grid_positions(height, width, xy.device), 64))
-        token = self.encoder(xy) + self.local(torch.cat([sample(m, xy) for m in features], -1))
+        prompt = token = self.encoder(xy) + self.local(self.under(features, xy))
         for layer in self.layers:
             token = layer(token, memory)
-        return self.norm(token)
+        return self.norm_prompt(prompt) + self.norm_context(token)
 
 
 class ShotAttention(nn.Module):
