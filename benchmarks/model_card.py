@@ -57,7 +57,7 @@ EVALUATIONS: dict[str, dict[str, tuple[str, ...]]] = {  # table → name → fla
 NAMING = ("--task", "name", "--part", "heldout")
 TABLES = (*EVALUATIONS, "naming", "latency", "rounds", "recipes")
 LABELS = (10, 20, 50)
-LEAST_SCORED = 10  # images that a round must leave to be scored
+LEAST_SCORED = 10  # images that a round must leave to be scored, and objects with occluded points worth a row
 RECIPES_ON = ("dlc_horse_walk", "dpk_fly")  # two kinds: animals in motion, one animal in one place
 OPEN = ("glue_tubes", "dpk_fly")  # sets whose pictures may lie in the repository; renderings may, too
 IGNORED = ("runs", "artifacts", ".data")  # folders of the repository that nobody commits
@@ -106,7 +106,8 @@ class Plan:
         for folder in self.trained:
             samples = load_coco(folder).samples
             unseen = held_out(s.group for s in samples)
-            if any((s.keypoints.visibility == Visibility.OCCLUDED).any() for s in samples if s.group in unseen):
+            marked = [s for s in samples if s.group in unseen and (s.keypoints.visibility == Visibility.OCCLUDED).any()]
+            if len(marked) >= LEAST_SCORED:
                 yield "visibility", "unseen groups", folder, self.evaluation(folder, "unseen groups", ("--part", "heldout"))
             if unseen:
                 yield "naming", "naming", folder, self.evaluation(folder, "naming", NAMING)
