@@ -43,7 +43,7 @@ def test_prelabel_killed_twice_ends_with_one_prediction_per_task(stack: Stack, t
         answer = requests.get(route, timeout=30)
         return dict(answer.json()["prelabel"] or {}) if answer.ok else {}
 
-    def wait_for(done: Callable[[dict[str, Any]], bool], seconds: float = 1800.0) -> dict[str, Any]:
+    def wait_for(done: Callable[[dict[str, Any]], bool], seconds: float = 3600.0) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while True:
             try:
