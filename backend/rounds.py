@@ -23,7 +23,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer
 
-from backend import shadow, split
+from backend import held_out, shadow, split
 from backend.judges import decide
 from backend.round_images import image_bytes, usable_images
 from backend.services import Services, is_passing
@@ -200,15 +200,20 @@ class Rounds:
                 f"Only {len(usable)} of {self.settings.min_train} needed labelled images can be used. {_list(left_out)}"
             )
 
-        def change(session: Session) -> dict[str, str]:
+        def change(session: Session) -> tuple[dict[str, str], set[int]]:
             uses = uses_of(session, job.project)
-            return uses | decide_uses(session, job.project, usable, uses, everything=True)
+            uses |= held_out.hold_out_repeats(session, job.project, usable, uses)
+            uses |= decide_uses(session, job.project, usable, uses, everything=True)
+            held = held_out.pictures(session, job.project)
+            teach = [c for c in usable if uses[c.group] == split.TRAIN]
+            return uses, {c.task for c in teach if held_out.shows(session, job.project, c, held)}
 
-        uses = self.journal.write(change)
+        uses, repeats = self.journal.write(change)
         heldout = [c for c in usable if uses[c.group] == split.HELDOUT]
-        train = [c for c in usable if uses[c.group] == split.TRAIN]
+        train = [c for c in usable if uses[c.group] == split.TRAIN and c.task not in repeats]
+        left_out += [f"task {task}: it shows the same picture as an image that is held out" for task in sorted(repeats)]
         if len(heldout) < split.MIN_HELDOUT or not train:
-            raise InvalidInput(split.too_few(train, heldout))
+            raise InvalidInput(f"{split.too_few(train, heldout)} {_list(left_out)}".strip())
         with self.journal.reading() as session:
             order = split.support_order(job.project, train, uses)
             support = [entry for entry, _ in support_entries(session, job.project, config, order, split.MAX_SUPPORT)]
