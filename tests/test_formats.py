@@ -84,6 +84,14 @@ def test_dlc(tmp_path: Path, cells: int) -> None:
     assert labels.notes == ["1 images in CollectedData_me.csv have no point"]
 
 
+def test_dlc_with_several_scorers_says_whose_labels_are_taken(tmp_path: Path) -> None:
+    file = label_files.dlc(tmp_path) / "labeled-data" / "mouse2" / "CollectedData_me.csv"
+    file.with_name("CollectedData_you.csv").write_text(file.read_text().replace("1.5,2.5", "7.5,8.5").replace(",me", ",you"))
+    labels = read_labels("dlc", tmp_path)
+    assert placed(by_name(labels)["labeled-data/mouse2/img000.png"])["nose"] == (8.0, 9.0, 2)
+    assert "1 images are labelled in several files, by several scorers: what CollectedData_you.csv says is taken" in labels.notes
+
+
 def test_dlc_with_several_animals(tmp_path: Path) -> None:
     (image,) = read_labels("dlc", label_files.dlc_animals(tmp_path)).images
     assert [set(thing.points) for thing in image.things] == [{"nose", "tail"}, {"nose"}, {"door"}]
