@@ -64,6 +64,9 @@ def _rows_of_csv(file: Path) -> list[tuple[str, list[tuple[Column, Any]]]]:
     if "likelihood" in coords:
         raise DataError(f"{file} holds what DeepLabCut predicted for a video (it has likelihoods). Expected what people labelled: "
                         "labeled-data/<video>/CollectedData_<scorer>.csv.")  # fmt: skip
+    if any(len(line) < len(coords) for line in heads.values()):
+        told = ", ".join(f"{head} {len(line)}" for head, line in heads.items())
+        raise DataError(f"{file}: the rows at its head have different numbers of cells ({told}). Was it cut off, or edited by hand?")
     individuals = heads.get("individuals")
     columns: list[Column] = [
         (individuals[at].strip() if individuals else "", heads["bodyparts"][at].strip(), coords[at]) for at in range(first, len(coords))
