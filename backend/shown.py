@@ -50,7 +50,7 @@ def move_along(services: Services, project: str, version: str) -> bool:
     only once a prediction of it is stored. Raises a KptError."""
     label_studio, number = services.label_studio, int(project)
     shown = str(label_studio.project(number).get("model_version") or "")
-    models = our_models(services, project)
+    models = sorted(our_models(services, project), key=lambda model: model.get("title") != shown)  # attached twice: the one that is shown
     with services.journal.reading() as session:
         title = str(models[0].get("title") or "") if models else ""
         if shown not in ("", title) and not _is_ours(session, project, shown):
