@@ -218,11 +218,10 @@ class Rounds:
             order = split.support_order(job.project, train, uses)
             support = [entry for entry, _ in support_entries(session, job.project, config, order, split.MAX_SUPPORT)]
             snapshot = round_body(session, job, config, version, train, heldout, support, self.settings.round_seconds)
-        text = json.dumps(snapshot, sort_keys=True)
         images = {part: len({item["image"] for item in snapshot[part]}) for part in ("train", "heldout")}
         used = f"{len(train)} images to train on, {len(heldout)} held out"
         self._update(job.id, "requested", state="prepared", adapter=snapshot["name"], parent=version.id, upto=upto, snapshot=snapshot, images=images,
-                     snapshot_hash=hashlib.sha256(text.encode()).hexdigest(), support=support, config_hash=config.hash,
+                     snapshot_hash=_hash(snapshot), support=support, config_hash=config.hash,
                      message=f"{used}. {_list(left_out)}".strip())  # fmt: skip
 
     def _send(self, job: Job) -> None:
@@ -236,7 +235,7 @@ class Rounds:
             prefix = str(job.snapshot["name"]).rpartition("+r")[0]
             number = max([int(n) for p, _, n in taken if p == prefix and n.isdigit()] + [job.round]) + 1
             snapshot = job.snapshot | {"name": f"{prefix}+r{number}"}
-            self._update(job.id, "prepared", round=number, adapter=snapshot["name"], snapshot=snapshot)
+            self._update(job.id, "prepared", round=number, adapter=snapshot["name"], snapshot=snapshot, snapshot_hash=_hash(snapshot))
             return
         self._update(job.id, "prepared", state="running", core_job=answer["job"])
         if self.get(job.id).state in FINISHED:  # cancelled while it was being sent
@@ -321,6 +320,10 @@ class Rounds:
 
 def _newest(session: Session, project: str) -> int:
     return session.scalar(select(func.max(Annotation.id)).where(Annotation.project == project)) or 0
+
+
+def _hash(snapshot: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(snapshot, sort_keys=True).encode()).hexdigest()
 
 
 def _list(left_out: list[str]) -> str:

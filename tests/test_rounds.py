@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +83,7 @@ def test_a_better_round_serves_and_says_why(here: World) -> None:
     status = here.status()
     assert job["state"] == "done" and job["promoted"] is True
     assert (job["train_images"], job["heldout_images"]) == (7, 5)
+    assert job["snapshot_hash"] == hashlib.sha256(json.dumps(job_row(here).snapshot, sort_keys=True).encode()).hexdigest()
     assert "Promoted: better on 5 held-out images" in job["message"]
     after = here.setup().get_json()["model_version"]
     assert after == job["model_version"] == status["model_version"]
