@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from flask import Blueprint, Flask, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import HTTPException
 
-from backend import prelabel
+from backend import prelabel, webhooks
 from backend.connect import SECRET_HEADER
 from backend.insight_routes import insight
 from backend.intake import project_of
@@ -232,26 +232,36 @@ def admit() -> None:
     """Basic auth where it is configured, on everything but /health; the secret header on webhooks; no foreign pages' forms."""
     settings = _services().settings
     _refuse_foreign_pages()
-    if request.endpoint and request.endpoint.endswith(".health"):
+    endpoint = str(request.endpoint or "")
+    if endpoint.endswith(".health") or (settings.basic_auth_user and _basic_auth_fits(settings)):
         return
-    logged_in = bool(settings.basic_auth_user) and _basic_auth_fits(settings)
-    if logged_in or not (settings.basic_auth_user or settings.webhook_secret):
-        return
-    is_webhook = bool(request.endpoint) and str(request.endpoint).endswith(".webhook")
-    if is_webhook and settings.webhook_secret:
-        sent = request.headers.get(SECRET_HEADER, "")
-        if hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), settings.webhook_secret.encode()):
-            return
-        # Label Studio's button *Start training* is no webhook of its own and carries no header; it brings no data either.
-        if not settings.basic_auth_user and not sent and _body().get("action") == "START_TRAINING":
-            return
-        raise Unauthorized(
-            f"The webhook lacks the header {SECRET_HEADER} of the value WEBHOOK_SECRET. `python -m backend connect` sets it."
-        )
+    sent = request.headers.get(SECRET_HEADER, "")
+    if endpoint.endswith(".webhook") and (sent or not settings.basic_auth_user):
+        secret = settings.webhook_secret or webhooks.demanded(_services(), _project_of_webhook())
+        if secret:
+            if hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), secret.encode()):
+                return
+            # Label Studio's button *Start training* is no webhook of its own and carries no header; it brings no data either.
+            if not settings.basic_auth_user and not sent and _body().get("action") == "START_TRAINING":
+                return
+            raise Unauthorized(
+                f"The webhook lacks the header {SECRET_HEADER} with the right value (WEBHOOK_SECRET, or what the backend made up). With a "
+                "token the backend puts it there by itself within a minute; `python -m backend connect` does, too."
+            )
     if settings.basic_auth_user:
         raise Unauthorized(
             "Basic auth is needed here: BASIC_AUTH_USER and BASIC_AUTH_PASS, also in Label Studio's model settings."
         )
+
+
+def _project_of_webhook() -> str | None:
+    """The project that an event is about, before anything of it is believed; None where it names none that could be."""
+    named = (request.view_args or {}).get("project")
+    about = _body().get("project") if named is None else named
+    try:
+        return project_of(about)
+    except InvalidInput:
+        return None
 
 
 def _basic_auth_fits(settings: Settings) -> bool:

@@ -126,6 +126,19 @@ def people(agreement: Json) -> Json | None:
     return {**{k: round(v, 4) for k, v in mean.items()}, "images": max(c["images"] for c in found), "pairs": pairs}
 
 
+def people_by_point(agreement: Json) -> list[Json]:
+    """How far apart people are at each point, the worst first: [{"point", "control", "pairs", "mean", "p90", "pck", "one_only"}], of
+    the points that two people labelled, or that only one of them did."""
+    rows = [
+        {"point": name, "control": control, "pairs": p["pairs"], "mean": p["mean"], "p90": p["p90"],
+         "pck": p["pck"]["0.05"] if p["pck"] else None, "one_only": p["one_only"]}
+        for control, found in agreement["controls"].items()
+        for name, p in found["points"].items()
+        if p["pairs"] or p["one_only"]
+    ]  # fmt: skip
+    return sorted(rows, key=lambda r: -math.inf if r["mean"] is None else -r["mean"])
+
+
 _AGREED = {"pck": lambda figures: float(figures["pck"]["0.05"]), "mean": lambda figures: float(figures["mean"])}
 
 

@@ -20,6 +20,7 @@ from backend.transport import Json
 from kptllm_core.errors import InvalidInput, KptError, Unauthorized
 from label_config.schema import LabelConfig, parse
 
+TITLE = "KptLLM"  # of the model in Label Studio, until the backend names it after the version that serves (shown.py)
 SECRET_HEADER = "X-Webhook-Secret"  # noqa: S105 - the header's name, not the secret
 _SETTINGS = (
     "Start Label Studio with ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false (environment variables of its "
@@ -54,7 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="PEM file of the private authority behind Label Studio's certificate (LABEL_STUDIO_CA)",
     )
-    add("--title", default="KptLLM", help="name of the model in Label Studio (default: %(default)s)")
+    add(
+        "--title",
+        default=TITLE,
+        help="name of the model in Label Studio. By default the backend names it after the version that serves, since the Data "
+        "Manager tells, and sorts by, the prediction scores of that name only; a name of yours stays",
+    )
     add(
         "--interactive",
         action=argparse.BooleanOptionalAction,
@@ -97,7 +103,7 @@ class Connection:
         project: int,
         backend_url: str,
         *,
-        title: str = "KptLLM",
+        title: str = TITLE,
         interactive: bool = True,
         login: tuple[str, str] = ("", ""),
         webhook_secret: str = "",

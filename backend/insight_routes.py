@@ -27,7 +27,6 @@ from kptllm_core.errors import InvalidInput
 
 insight = Blueprint("insight", __name__)
 LIMIT = 50
-SURE = 0.8  # confidence from which findings are written into Label Studio, unless ?least= says otherwise
 
 
 @insight.get("/effort")
@@ -72,7 +71,7 @@ def dismiss(project: str | None = None) -> Response:
 @insight.post("/quality/mark")
 def mark(project: str | None = None) -> Response:
     number = _project(project)
-    done = review.mark(_services(), number, _chosen(number, least=SURE)["findings"])
+    done = review.mark(_services(), number, _chosen(number, least=review.SURE)["findings"])
     said = f"{done['tasks']} tasks carry the field '{review.FIELD}' in Label Studio's Data Manager now; filter or sort by it."
     return jsonify({**done, "field": review.FIELD, "message": said})
 

@@ -23,6 +23,7 @@ from sqlalchemy.orm import Session
 
 from backend import split
 from backend.database import Turn, make_engines, unavailable, worth_repeating
+from backend.held_out import regroup
 from backend.intake import names_of, names_since
 from backend.migrate import bring_up_to_date
 from backend.tables import Annotation, Base, Event, Fact, Project, Task, Version
@@ -322,8 +323,11 @@ def _keep_task(session: Session, task: Task) -> None:
         session.add(
             Task(project=task.project, task=task.task, group=task.group, images=task.images, files={}, deleted=False)
         )
-    elif task.images and (known.images != task.images or known.group != task.group):
-        known.images, known.group = task.images, task.group
+    elif task.images:
+        if known.images != task.images:
+            known.images = task.images
+        if known.group != task.group:
+            regroup(session, known, task.group)
 
 
 def _keep_annotation(session: Session, row: Annotation, seen: bool) -> bool:

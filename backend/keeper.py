@@ -1,7 +1,7 @@
 """The background work: one thread in each web worker, of which one at a time, over all processes, holds the lease.
 
-It asks the core how it is, moves rounds on, starts those that are due, sweeps through Label Studio and moves its projects
-along to the version that serves. Nothing of that is ever done in a request.
+It asks the core how it is, moves rounds on, starts those that are due, sweeps through Label Studio, moves its projects along to
+the version that serves and keeps the secret on their webhooks. Nothing of that is ever done in a request.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from backend import shown, webhooks
 from backend.lease import BEAT_SECONDS, JournalLease
 from backend.prelabel_work import PrelabelWork
 from backend.prune import prune
@@ -22,10 +23,9 @@ from backend.reports import Reports
 from backend.rounds import Rounds
 from backend.services import Services, is_passing
 from backend.shadow import Shadows
-from backend.split import MADE_HERE
 from backend.sweep import sweep_all
 from backend.tables import Project, Version
-from kptllm_core.errors import InvalidInput, KptError
+from kptllm_core.errors import KptError
 
 log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
@@ -182,35 +182,10 @@ class Keeper:
             self.services.journal.retry_support(project)
 
     def _move_along(self, project: str, version: str) -> None:
-        """Show annotators the predictions of the version that serves: a project pinned to an older one would hide them.
-
-        Label Studio accepts a version only once predictions of it exist. Until then the project keeps what it shows, or, where
-        it showed nothing, asks the backend itself.
-        """
-        label_studio = self.services.label_studio
-        shown = str(label_studio.project(int(project)).get("model_version") or "")
-        title = next((str(b["title"]) for b in label_studio.ml_backends(int(project)) if b.get("title")), None)
-        if (
-            shown == version
-            or (title is not None and shown == title)
-            or (shown and not self._made_here(project, shown))
-        ):
-            self._moved(project, version)  # right already, live, or somebody's own choice of another model
-            return
-        try:
-            label_studio.set_project_model_version(int(project), version)
-        except InvalidInput:
-            if shown or title is None:  # no prediction of it yet: tried again
-                self._pause(f"project {project}, Label Studio's version")
-                return
-            label_studio.set_project_model_version(int(project), title)
-        self._moved(project, version)
-        log.info("project %s: Label Studio shows %s now", project, version)
-
-    def _made_here(self, project: str, version: str) -> bool:
-        return bool(MADE_HERE.fullmatch(version)) or any(
-            v.name == version for v in self.services.journal.versions(project)
-        )
+        if shown.move_along(self.services, project, version):
+            self._moved(project, version)
+        else:
+            self._pause(f"project {project}, Label Studio's version")
 
     def _moved(self, project: str, version: str) -> None:
         def change(session: Session) -> None:
@@ -224,7 +199,11 @@ class Keeper:
         """Over all projects at the start and every SWEEP_SECONDS; in between, over those where something was missed."""
         if now >= self._next_sweep:
             self._next_sweep = now + self.services.settings.sweep_seconds
-            self._try("Label Studio", partial(self._sweep, [p.id for p in self._projects()]))
+            projects = [p.id for p in self._projects()]
+            swept = self._try("Label Studio", partial(self._sweep, projects))
+            for project in projects if swept else ():
+                if project.isdigit():
+                    self._try(f"project {project}, the secret of its webhook", partial(webhooks.sign, self.services, project))
         due = [p.id for p in self._projects() if p.sweep_due]
         if due and now >= self._next_due_sweep:
             self._next_due_sweep = now + DUE_SECONDS

@@ -192,6 +192,16 @@ class LabelStudio(Transport):
         body = _backend(project, url, title, interactive, user, password)
         return self._object("PATCH", f"/api/ml/{backend:d}", body=body, seconds=60.0)
 
+    def rename_backend(self, model: Json, project: int, title: str) -> Json:
+        """Give an ML backend (as `ml_backends` tells it) another title; its login stays. Label Studio calls its /health and /setup first.
+
+        A project that shows the model by its title is taken along by Label Studio itself.
+        """
+        body = {"project": project, "url": model["url"], "title": title}
+        if model.get("auth_method") == "BASIC_AUTH":  # an empty password stands for the one that is stored
+            body |= {"auth_method": "BASIC_AUTH", "basic_auth_user": model.get("basic_auth_user") or "", "basic_auth_pass": ""}
+        return self._object("PATCH", f"/api/ml/{model['id']:d}", body=body, seconds=60.0)
+
     def detach_backend(self, backend: int) -> None:
         """Remove an ML backend. Its webhook stays alive until it is deleted, too."""
         self._json("DELETE", f"/api/ml/{backend:d}")

@@ -153,6 +153,8 @@ class KptLLMBackend(LabelStudioMLBase):
         """Annotations of one event, in whatever form they come; what is incomplete is left to the sweep."""
         journal = self.connect()[0].journal
         config = getattr(self, "config", None)
+        if config is None and (known := journal.label_config(self.project_id)):
+            config = read_config(known)  # the event's own cannot be used: what was labelled counts by the last one that can
         tasks = {t["id"]: t for t in _dicts(data, "task") if isinstance(t.get("id"), int)}
         rows, task_rows, incomplete = [], [], 0
         for body in _dicts(data, "annotation"):

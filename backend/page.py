@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,10 @@ def overview(project: str) -> str | Response:
         return jsonify(status)
     number, journal = status["project"], _services().journal
     effort, anchoring = _reports().get("effort", number), _reports().get("anchoring", number)
-    accuracy = charts.accuracy(status, prequential(journal, number), _reports().get("agreement", number))
+    agreement = _reports().get("agreement", number)
+    accuracy, people = charts.accuracy(status, prequential(journal, number), agreement), charts.people_by_point(agreement)
     return _page(
-        "project.html", status, "overview", accuracy=accuracy, effort=effort, clicks=charts.effort(effort), anchoring=anchoring,
+        "project.html", status, "overview", accuracy=accuracy, people=people, effort=effort, clicks=charts.effort(effort), anchoring=anchoring,
         examples=support_examples(number), command=connect_command(number), **_now(status),
     )  # fmt: skip
 
@@ -121,7 +123,7 @@ def labels(project: str) -> str:
         raise InvalidInput(f"kind is {str(kind)[:40]!r}; expected one of {', '.join(KINDS)}.")
     found = [f for f in report["findings"] if kind in (None, f["kind"])]
     shown = [{**f, "drawing": overlays.suspicion(f)} for f in found[:limit]]
-    return _page("labels.html", status, "labels", report=report, findings=shown, many=len(found), kind=kind, limit=limit)
+    return _page("labels.html", status, "labels", report=report, findings=shown, many=len(found), kind=kind, limit=limit, sure=review.SURE)
 
 
 @pages.post("/projects/<project>/start")
@@ -157,10 +159,19 @@ def error_page(error: KptError) -> str:
 
 
 def connect_command(project: str) -> str:
-    """The command that attaches a Label Studio project to this backend, to be pasted into a shell."""
-    settings = _services().settings
-    parts = ["python", "-m", "backend", "connect", "--url", settings.label_studio_url, "--token", "YOUR_TOKEN", "--project", project]
-    return shlex.join([*parts, "--backend-url", request.host_url.rstrip("/")])
+    """The command that attaches a Label Studio project to this backend, to be pasted into a shell in the backend's folder. Secrets
+    are left to be filled in."""
+    settings, python = _services().settings, Path(sys.executable)
+    inside = python.is_relative_to(Path.cwd())  # the environment that `make` makes: nobody has to activate it
+    parts = [str(python.relative_to(Path.cwd())) if inside else "python", "-m", "backend", "connect", "--url", settings.label_studio_url]
+    parts += ["--token", "YOUR_TOKEN", "--project", project, "--backend-url", request.host_url.rstrip("/")]
+    if settings.label_studio_ca:
+        parts += ["--ca", str(settings.label_studio_ca)]
+    if settings.basic_auth_user:
+        parts += ["--basic-user", settings.basic_auth_user, "--basic-pass", "YOUR_PASSWORD"]
+    if settings.webhook_secret:
+        parts += ["--webhook-secret", "YOUR_SECRET"]
+    return shlex.join(parts)
 
 
 def support_examples(project: str) -> list[Json]:

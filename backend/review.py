@@ -36,6 +36,7 @@ from label_config.schema import KeypointControl, parse
 
 log = logging.getLogger(__name__)
 FIELD = "label_check"  # of a task's data, in Label Studio
+SURE = 0.8  # confidence from which findings are written there, unless another is asked for
 DISMISSED = "QUALITY_DISMISSED"
 KEPT = 300  # findings that are kept; what comes after them is not worth a reviewer's time yet
 ASKED = 8  # images that predictions are asked for at a time

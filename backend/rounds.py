@@ -23,7 +23,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer
 
-from backend import shadow, split
+from backend import held_out, shadow, split
 from backend.judges import decide
 from backend.round_images import image_bytes, usable_images
 from backend.services import Services, is_passing
@@ -200,24 +200,28 @@ class Rounds:
                 f"Only {len(usable)} of {self.settings.min_train} needed labelled images can be used. {_list(left_out)}"
             )
 
-        def change(session: Session) -> dict[str, str]:
+        def change(session: Session) -> tuple[dict[str, str], set[int]]:
             uses = uses_of(session, job.project)
-            return uses | decide_uses(session, job.project, usable, uses, everything=True)
+            uses |= held_out.hold_out_repeats(session, job.project, usable, uses)
+            uses |= decide_uses(session, job.project, usable, uses, everything=True)
+            held = held_out.pictures(session, job.project)
+            teach = [c for c in usable if uses[c.group] == split.TRAIN]
+            return uses, {c.task for c in teach if held_out.shows(session, job.project, c, held)}
 
-        uses = self.journal.write(change)
+        uses, repeats = self.journal.write(change)
         heldout = [c for c in usable if uses[c.group] == split.HELDOUT]
-        train = [c for c in usable if uses[c.group] == split.TRAIN]
+        train = [c for c in usable if uses[c.group] == split.TRAIN and c.task not in repeats]
+        left_out += [f"task {task}: it shows the same picture as an image that is held out" for task in sorted(repeats)]
         if len(heldout) < split.MIN_HELDOUT or not train:
-            raise InvalidInput(split.too_few(train, heldout))
+            raise InvalidInput(f"{split.too_few(train, heldout)} {_list(left_out)}".strip())
         with self.journal.reading() as session:
             order = split.support_order(job.project, train, uses)
             support = [entry for entry, _ in support_entries(session, job.project, config, order, split.MAX_SUPPORT)]
             snapshot = round_body(session, job, config, version, train, heldout, support, self.settings.round_seconds)
-        text = json.dumps(snapshot, sort_keys=True)
         images = {part: len({item["image"] for item in snapshot[part]}) for part in ("train", "heldout")}
         used = f"{len(train)} images to train on, {len(heldout)} held out"
         self._update(job.id, "requested", state="prepared", adapter=snapshot["name"], parent=version.id, upto=upto, snapshot=snapshot, images=images,
-                     snapshot_hash=hashlib.sha256(text.encode()).hexdigest(), support=support, config_hash=config.hash,
+                     snapshot_hash=_hash(snapshot), support=support, config_hash=config.hash,
                      message=f"{used}. {_list(left_out)}".strip())  # fmt: skip
 
     def _send(self, job: Job) -> None:
@@ -231,7 +235,7 @@ class Rounds:
             prefix = str(job.snapshot["name"]).rpartition("+r")[0]
             number = max([int(n) for p, _, n in taken if p == prefix and n.isdigit()] + [job.round]) + 1
             snapshot = job.snapshot | {"name": f"{prefix}+r{number}"}
-            self._update(job.id, "prepared", round=number, adapter=snapshot["name"], snapshot=snapshot)
+            self._update(job.id, "prepared", round=number, adapter=snapshot["name"], snapshot=snapshot, snapshot_hash=_hash(snapshot))
             return
         self._update(job.id, "prepared", state="running", core_job=answer["job"])
         if self.get(job.id).state in FINISHED:  # cancelled while it was being sent
@@ -316,6 +320,10 @@ class Rounds:
 
 def _newest(session: Session, project: str) -> int:
     return session.scalar(select(func.max(Annotation.id)).where(Annotation.project == project)) or 0
+
+
+def _hash(snapshot: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(snapshot, sort_keys=True).encode()).hexdigest()
 
 
 def _list(left_out: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What people say about the version that serves: roll back, pin, unpin. And what Label Studio shows beside it.
+"""What people say about the version that serves: roll back, pin, unpin.
 
 A pinned version serves until a person says otherwise: rounds go on and are judged, but nothing is promoted, rolled back or
 chosen anew by itself. Only what makes the pinned version impossible releases a pin: another base, names that it does not
@@ -13,7 +13,6 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from backend.journal import Journal
-from backend.split import MADE_HERE, RETRY
 from backend.tables import Event, Project, Version
 from backend.versions import advance, cannot_serve, lock_project, serve, unknown_project
 from kptllm_core.errors import Conflict, NotFound
@@ -85,29 +84,6 @@ def named(session: Session, project: str, name: str) -> Version:
     if version is None:
         raise NotFound(f"Project {project} has no version '{name}'. GET /projects/{project}/versions lists them.")
     return version
-
-
-def note_shown(journal: Journal, project: str, shown: object) -> bool:
-    """What Label Studio's project shows (`model_version`): an older version of ours would hide all newer predictions, so the
-    project is to be moved along. True if it is. Live projects, and those that show another model, are left alone."""
-    if not isinstance(shown, str) or not shown:
-        return False
-
-    def change(session: Session) -> bool:
-        row = session.get(Project, project)
-        now = session.get(Version, row.active_version) if row and row.active_version else None
-        if row is None or now is None or row.move_to is not None or shown == now.name:
-            return False
-        known = session.scalar(
-            select(Version.id).where(Version.project == project, Version.name == shown.removesuffix(RETRY))
-        )
-        if known is None and not MADE_HERE.fullmatch(shown):
-            return False
-        row.move_to = now.name
-        session.add(Event(project=project, action="MOVE_ALONG", about={"from": shown, "to": now.name}))
-        return True
-
-    return journal.write(change)
 
 
 def pin_state(session: Session, row: Project) -> dict[str, Any]:

@@ -259,8 +259,8 @@ class Settings:
         repr=False,
         metadata=_about(
             _latin,
-            "When set, a webhook that brings no basic auth is accepted only with the header `X-Webhook-Secret` of "
-            "this value.",
+            "A webhook that brings no basic auth is accepted only with the header `X-Webhook-Secret` of this value. The backend puts "
+            "it on Label Studio's webhook itself when it has a token, and makes a secret up where none is set.",
         ),
     )
     model: str = field(

@@ -2,7 +2,8 @@
 
 THE RULE. An image is used for one thing only, decided once for its whole group (images of one video or subject: the task's
 `group`, `video` or `subject`, else each task by itself). A *held-out* image judges new versions; it is never trained on and
-never shown as an example, and that stays so for ever, however the project grows or shrinks.
+never shown as an example, and that stays so for ever, however the project grows or shrinks, also when the task is moved to
+another group, or its picture comes back in another task (held_out.py).
 
 - Below ten labelled images there is nothing to judge, since nothing is trained: all may be support examples, and those that
   were examples once are for teaching for ever.

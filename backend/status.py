@@ -145,6 +145,7 @@ def job_state(job: Job) -> dict[str, Any]:
         "progress": job.progress,
         "train_images": job.images.get("train"),
         "heldout_images": job.images.get("heldout"),
+        "snapshot_hash": job.snapshot_hash or None,  # of everything that it trains on and is judged by
         "model_version": job.version,
         "promoted": job.promoted,
         "created_at": job.created_at,

@@ -16,7 +16,7 @@ from sqlalchemy import select
 
 from backend.intake import annotation_row, id_of, task_row, updated_us
 from backend.services import Services
-from backend.serving import note_shown
+from backend.shown import note_shown
 from backend.tables import Annotation
 from kptllm_core.errors import InvalidInput, NotFound, SchemaError
 from label_config.schema import parse

@@ -197,17 +197,25 @@ class World:
     # ------------------------------------------------------------ a Label Studio with an API
 
     def serve_api(self, tasks: list[dict[str, Any]], model_version: str = "", live: str = "KptLLM") -> dict[str, Any]:
-        """Routes of Label Studio's API over these tasks; returns the project, which PATCH changes."""
+        """Routes of Label Studio's API over these tasks; returns the project, which PATCH changes. live: the title of our model
+        there, empty if it is not attached."""
         project = {"id": 1, "title": "Dogs", "label_config": CONFIG, "model_version": model_version}
+        models = [{"id": 5, "title": live, "url": "http://backend", "model_version": "timed-00000000+r0+s0"}] if live else []
 
         def project_call(request: Request) -> Answer:
             if request.method == "PATCH":
                 wanted = request.json()["model_version"]
-                known = {p["model_version"] for t in tasks for p in t.get("predictions", [])} | {live}
+                known = {p["model_version"] for t in tasks for p in t.get("predictions", [])} | {m["title"] for m in models}
                 if wanted not in known:
                     return reply({"detail": "Model version doesn't exist"}, 400)
                 project["model_version"] = wanted
             return reply(project)
+
+        def model_call(request: Request) -> Answer:
+            if project["model_version"] == models[0]["title"]:
+                project["model_version"] = request.json()["title"]
+            models[0] |= request.json()
+            return reply(models[0])
 
         def task_list(request: Request) -> Answer:
             items = json.loads(request.query["query"][0])["filters"]["items"]
@@ -218,9 +226,8 @@ class World:
             return reply({"tasks": [t for t in found if t.get("annotations") or not annotated]})
 
         self.studio.routes["/api/projects/1/"] = project_call
-        self.studio.routes["/api/projects/1/model-versions/"] = reply(
-            {"live": [{"id": 5, "title": live}], "static": []}
-        )
+        self.studio.routes["/api/projects/1/model-versions/"] = lambda _: reply({"live": models, "static": []})
+        self.studio.routes["/api/ml/5"] = model_call
         self.studio.routes["/api/tasks/"] = task_list
         return project
 

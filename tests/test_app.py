@@ -136,6 +136,10 @@ def test_an_annotation_under_a_broken_config_is_not_lost(here: World) -> None:
     assert answer.get_json()["new"] == 1
     here.setup()
     assert here.status()["labelled"] == 1
+    # Also when the config was good before, and is put right without any other change.
+    here.webhook("ANNOTATION_CREATED", config="<View/>", annotation=here.annotation(2), task=here.task(2))
+    here.setup()
+    assert here.status()["labelled"] == 2 and 2 in here.status()["support"]
 
 
 def test_setup_asks_nobody_and_health_the_core_once_a_second_at_most(here: World) -> None:

@@ -84,6 +84,14 @@ def test_dlc(tmp_path: Path, cells: int) -> None:
     assert labels.notes == ["1 images in CollectedData_me.csv have no point"]
 
 
+def test_dlc_with_several_scorers_says_whose_labels_are_taken(tmp_path: Path) -> None:
+    file = label_files.dlc(tmp_path) / "labeled-data" / "mouse2" / "CollectedData_me.csv"
+    file.with_name("CollectedData_you.csv").write_text(file.read_text().replace("1.5,2.5", "7.5,8.5").replace(",me", ",you"))
+    labels = read_labels("dlc", tmp_path)
+    assert placed(by_name(labels)["labeled-data/mouse2/img000.png"])["nose"] == (8.0, 9.0, 2)
+    assert "1 images are labelled in several files, by several scorers: what CollectedData_you.csv says is taken" in labels.notes
+
+
 def test_dlc_with_several_animals(tmp_path: Path) -> None:
     (image,) = read_labels("dlc", label_files.dlc_animals(tmp_path)).images
     assert [set(thing.points) for thing in image.things] == [{"nose", "tail"}, {"nose"}, {"door"}]
@@ -91,7 +99,8 @@ def test_dlc_with_several_animals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [(lambda t: t.replace("bodyparts", "parts"), "no CollectedData file"), (lambda t: t.replace("12.0", "twelve"), "'nose' of .* is 'twelve'"),
+    [(lambda t: t.replace("ear,ear", "ear"), "different numbers of cells"),
+     (lambda t: t.replace("bodyparts", "parts"), "no CollectedData file"), (lambda t: t.replace("12.0", "twelve"), "'nose' of .* is 'twelve'"),
      (lambda t: t.replace("coords,,,x,y", "coords,,,x,likelihood"), "what DeepLabCut predicted"),
      (lambda t: t + "labeled-data,mouse1,img9.png,1,2\n", "row 6 has 5 cells; expected 9"), (lambda t: "", "no CollectedData file")],
 )  # fmt: skip
@@ -249,6 +258,22 @@ def test_bad_data_yaml(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "data.yaml").write_text(content)
     with pytest.raises(DataError, match=words):
         read_labels("yolo", tmp_path)
+
+
+def test_bytes_that_are_no_text_and_numbers_that_are_none(tmp_path: Path) -> None:
+    root = label_files.yolo(tmp_path / "yolo")
+    label = next((root if root.is_dir() else root.parent).rglob("*.txt"))
+    for content, words in ((b"0 \xa2", "cannot be read as text"), (b"inf" + b" 0.5" * 13, "numbers that are none")):
+        label.write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            read_labels("yolo", root)
+    file = label_files.sleap_csv(tmp_path / "sleap")
+    lines = file.read_text().splitlines()
+    at = lines[0].split(",").index("frame_idx")
+    cells = lines[1].split(",")
+    file.write_text("\n".join([lines[0], ",".join([*cells[:at], "1e400", *cells[at + 1 :]])]))
+    with pytest.raises(DataError, match="row 2"):
+        read_labels("sleap", file)
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+import certifi
 import pytest
 
 import kptllm_core.predictor  # noqa: F401 - it loads torch, which no test shall wait for within its time
 from backend import charts, overlays
 from backend.page import FILES, FOLDER
 from backend_world import CONFIG, World, world
-from page_world import Beetles, beetles
+from page_world import NAMES, Beetles, beetles
 from small_server import Answer
 
 VIEWS = ("", "view/versions", "view/compare", "view/next", "view/labels", "view/now")
@@ -72,6 +73,14 @@ def test_without_projects_it_says_what_to_do(tmp_path: Path) -> None:
         assert "The command below attaches the first one" in html(here, "/")
 
 
+def test_the_command_to_connect_names_all_that_it_needs_but_no_secret(tmp_path: Path) -> None:
+    secret = {"basic_auth_pass": "tr0ub4dor", "webhook_secret": "c0rrect-h0rse"}
+    with world(tmp_path, basic_auth_user="me", label_studio_ca=Path(certifi.where()), **secret) as here:
+        page = here.client.get("/", auth=("me", "tr0ub4dor")).get_data(as_text=True)
+        assert f"--ca {certifi.where()} --basic-user me --basic-pass YOUR_PASSWORD --webhook-secret YOUR_SECRET" in page
+        assert not any(value in page for value in secret.values())
+
+
 def test_whoever_asks_for_json_gets_it(here: World) -> None:
     wanted = {"Accept": "application/json"}
     assert here.client.get("/", headers=wanted).get_json()["projects"][0]["project"] == "1"
@@ -123,6 +132,11 @@ def test_the_curves_stand_against_the_people(made: Beetles) -> None:
     assert ("examples only", "31.0\xa0%") in rows and ("1", "62.0\xa0%") in rows
     assert page.count("<circle") > 20, "the examples' points are drawn"
     assert "On trial" in said
+    table = page[page.index('id="people"') :].partition("</table>")[0]
+    rows = re.findall(r'<tr><th scope="row">(\w+)</th><td>(.*?)</td><td>.*?</td><td>(.*?)</td><td>(\d+)</td><td>(\d+)</td>', table)
+    assert {(name, near, pairs, alone) for name, _, near, pairs, alone in rows} == {(n, "100\xa0%", "2", "0") for n in NAMES}
+    apart = [float(mean.removesuffix("\xa0%")) for _, mean, *_ in rows]
+    assert apart == sorted(apart, reverse=True) and apart[-1] > 0
 
 
 def test_versions_can_be_served_pinned_and_rolled_back(made: Beetles) -> None:
@@ -136,6 +150,7 @@ def test_versions_can_be_served_pinned_and_rolled_back(made: Beetles) -> None:
     assert made.here.client.post(f"/projects/1/versions/{status['model_version']}/pin", json={}).status_code == 200
     page = html(made.here, "/projects/1/view/versions")
     assert 'action="/projects/1/unpin"' in page and "is pinned" in words(page)
+    assert "Of the trained versions the newest 5 are kept ( KEEP_ADAPTERS )" in words(page)
     assert made.here.client.post("/projects/1/unpin", json={}).status_code == 200
 
 
@@ -164,6 +179,8 @@ def test_what_to_label_next_leads_into_label_studio(made: Beetles) -> None:
 def test_findings_are_shown_with_pictures_and_dismissed(made: Beetles) -> None:
     page = html(made.here, "/projects/1/view/labels")
     assert "Left and right exchanged" in page and 'class="cross"' in page
+    assert "at least 80 % sure, of every kind, into the field label_check" in words(page)
+    assert 'action="/projects/1/quality/mark"' in html(made.here, "/projects/1/view/labels?kind=swapped")
     finding = re.search(r'data-body="{&#34;finding&#34;: &#34;(\w{16})&#34;}"', page)
     assert finding
     assert made.here.client.post("/projects/1/quality/dismiss", json={"finding": finding[1]}).status_code == 200

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +83,7 @@ def test_a_better_round_serves_and_says_why(here: World) -> None:
     status = here.status()
     assert job["state"] == "done" and job["promoted"] is True
     assert (job["train_images"], job["heldout_images"]) == (7, 5)
+    assert job["snapshot_hash"] == hashlib.sha256(json.dumps(job_row(here).snapshot, sort_keys=True).encode()).hexdigest()
     assert "Promoted: better on 5 held-out images" in job["message"]
     after = here.setup().get_json()["model_version"]
     assert after == job["model_version"] == status["model_version"]
@@ -421,35 +424,6 @@ def test_label_studio_down_or_refusing_is_told_and_the_rest_goes_on(tmp_path: Pa
         degraded = here.client.get("/health").get_json()["degraded"]
         assert "401" in degraded["label_studio"] or "token" in degraded["label_studio"].lower()
         assert here.predict(here.task(50))[0]["result"]
-
-
-def test_a_pinned_project_is_moved_along_once_predictions_of_the_version_exist(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("backend.keeper.PAUSE_SECONDS", 0.0)
-    with with_token(tmp_path) as here:
-        tasks = stored(here, *range(1, 13))
-        project = here.serve_api(tasks, model_version="timed-00000000+r0+s2.aaaaaa")
-        here.setup()
-        here.keeper.tick()
-        job = here.play_round()
-        assert project["model_version"] == "timed-00000000+r0+s2.aaaaaa"
-        assert here.status()["label_studio_follows"] is False
-        tasks[0]["predictions"] = [{"model_version": job["model_version"]}]
-        here.keeper.tick()
-        assert project["model_version"] == job["model_version"]
-        assert here.status()["label_studio_follows"] is True
-
-
-@pytest.mark.parametrize(("shown", "then"), [("", "KptLLM"), ("KptLLM", "KptLLM"), ("yolo-v8", "yolo-v8")])
-def test_live_projects_stay_live_and_other_models_are_left_alone(tmp_path: Path, shown: str, then: str) -> None:
-    with with_token(tmp_path) as here:
-        project = here.serve_api(stored(here, 1, 2), model_version=shown)
-        here.setup()
-        here.keeper.tick()
-        here.keeper.tick()
-        assert project["model_version"] == then
-        assert here.status()["label_studio_follows"] is True
 
 
 def test_the_same_trouble_is_logged_once(here: World, caplog: pytest.LogCaptureFixture) -> None:

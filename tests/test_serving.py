@@ -117,27 +117,6 @@ def test_a_version_that_nobody_knows_or_that_cannot_serve_is_refused(here: World
     assert here.client.post("/rollback").status_code == 400
 
 
-def test_a_project_that_label_studio_pins_to_an_old_version_later_is_moved_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("backend.keeper.PAUSE_SECONDS", 0.0)
-    with world(tmp_path, label_studio_api_key="0" * 40) as here:
-        tasks = [here.task(1, annotations=[here.annotation(1)], updated_at="2026-01-01T00:00:01.000000Z")]
-        project = here.serve_api(tasks, model_version="KptLLM")
-        here.setup()
-        here.tick_until(lambda: here.status()["labelled"] == 1 and here.status()["label_studio_follows"])
-        now = here.status()["model_version"]
-        project["model_version"] = "timed-00000000+r0+s2.aaaaaa"
-        tasks[0]["predictions"] = [{"model_version": now}]
-        here.keeper._next_sweep = 0.0
-        here.tick_until(lambda: project["model_version"] == now)
-        project["model_version"] = "yolo-v8"  # another model is somebody's own choice
-        here.keeper._next_sweep = 0.0
-        here.turn()
-        here.turn()
-        assert project["model_version"] == "yolo-v8"
-
-
 # ---------------------------------------------------------------- which adapters are kept
 
 

@@ -39,7 +39,7 @@ def read_coco(path: Path) -> LabelledSet:
             else:
                 things.setdefault(annotation["image_id"], []).append(thing)
         images = [_image(file, image, things.pop(image["id"])) for image in data["images"] if image["id"] in things]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"{file} is not COCO keypoints: {type(error).__name__} {error}.") from None
     notes = [f"{without} annotations have no keypoints, or are crowds"] if without else []
     if things:

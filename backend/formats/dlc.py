@@ -35,15 +35,18 @@ def read_dlc(path: Path) -> LabelledSet:
     notes = []
     for file in files:
         rows = _rows_of_h5(file) if file.suffix.lower() in (".h5", ".hdf5", ".hdf") else _rows_of_csv(file)
-        empty = 0
+        empty = again = 0
         for name, cells in rows:
             things = _things(file, name, cells)
             empty += not things
+            again += bool(things) and name in images
             if things:
                 beside = file.parent / Path(name).name
                 images[name] = LabelledImage(name, things, beside if beside.is_file() else None)
         if empty:
             notes.append(f"{empty} images in {file.name} have no point")
+        if again:
+            notes.append(f"{again} images are labelled in several files, by several scorers: what {file.name} says is taken")
     return LabelledSet(list(images.values()), notes)
 
 
@@ -61,6 +64,9 @@ def _rows_of_csv(file: Path) -> list[tuple[str, list[tuple[Column, Any]]]]:
     if "likelihood" in coords:
         raise DataError(f"{file} holds what DeepLabCut predicted for a video (it has likelihoods). Expected what people labelled: "
                         "labeled-data/<video>/CollectedData_<scorer>.csv.")  # fmt: skip
+    if any(len(line) < len(coords) for line in heads.values()):
+        told = ", ".join(f"{head} {len(line)}" for head, line in heads.items())
+        raise DataError(f"{file}: the rows at its head have different numbers of cells ({told}). Was it cut off, or edited by hand?")
     individuals = heads.get("individuals")
     columns: list[Column] = [
         (individuals[at].strip() if individuals else "", heads["bodyparts"][at].strip(), coords[at]) for at in range(first, len(coords))

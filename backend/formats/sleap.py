@@ -51,7 +51,7 @@ def _read_csv(file: Path) -> LabelledSet:
                 x, y = _number(row[node + ".x"]), _number(row[node + ".y"])
                 if x is not None and y is not None:
                     points[node] = LabelledPoint(x + HALF, y + HALF)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{file}: row {number} holds something else than numbers: {error}.") from None
         if points:
             frames.setdefault((str(row.get("video") or ""), frame), []).append(LabelledThing(points))
@@ -91,7 +91,7 @@ def _read_slp(file: Path) -> LabelledSet:
                     things.append(LabelledThing(placed))
             if things:
                 images.append(_image(file, videos[int(frame["video"])], int(frame["frame_idx"]), tuple(things)))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{file} is not a project of SLEAP as expected: {type(error).__name__} {error}. Or import the CSV. {EXPORT}") from None
     return LabelledSet(images, [f"{predicted} instances were predicted by SLEAP, not labelled"] if predicted else [])
 

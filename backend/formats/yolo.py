@@ -85,7 +85,7 @@ def _label_files(file: Path, data: dict[str, Any]) -> list[Path]:
                 if place.is_dir():
                     found += sorted(_labels_of(place).rglob("*.txt"))
                 elif place.is_file():
-                    lines = place.read_text(encoding="utf-8").split("\n")
+                    lines = _text(place).split("\n")
                     found += [t for line in lines if line.strip() and (t := _labels_of(place.parent / line.strip()).with_suffix(".txt")).is_file()]
     return found or sorted(p for root in roots for p in (root / "labels").rglob("*.txt"))
 
@@ -115,7 +115,7 @@ def _image_beside(label: Path) -> Path | None:
 
 def _things(label: Path, classes: dict[int, str], points: dict[int, list[str]], dimensions: int) -> tuple[LabelledThing, ...]:
     things = []
-    for number, line in enumerate(label.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(label).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{label}, line {number}"
@@ -123,6 +123,8 @@ def _things(label: Path, classes: dict[int, str], points: dict[int, list[str]], 
             values = [float(word) for word in line.split()]
         except ValueError:
             raise DataError(f"{where} holds something else than numbers: {line[:80]!r}.") from None
+        if not all(map(math.isfinite, values)):
+            raise DataError(f"{where} holds numbers that are none.")
         kind = int(values[0])
         if kind != values[0] or kind not in classes:
             raise DataError(f"{where} is of class {line.split()[0]}; data.yaml names {', '.join(map(str, classes))}.")
@@ -130,8 +132,6 @@ def _things(label: Path, classes: dict[int, str], points: dict[int, list[str]], 
         if len(values) != 5 + dimensions * len(names):
             hint = " It holds a box only: is this a detection data set?" if len(values) == 5 else ""
             raise DataError(f"{where} has {len(values)} numbers; expected 5 + {dimensions} × {len(names)} (kpt_shape).{hint}")
-        if not all(map(math.isfinite, values)):
-            raise DataError(f"{where} holds numbers that are none.")
         placed = {}
         for at, name in enumerate(names):
             x, y, *v = values[5 + dimensions * at : 5 + dimensions * (at + 1)]
@@ -144,3 +144,10 @@ def _things(label: Path, classes: dict[int, str], points: dict[int, list[str]], 
             cx, cy, w, h = values[1:5]
             things.append(LabelledThing(placed, (cx - w / 2, cy - h / 2, w, h) if w > 0 and h > 0 else None, classes[kind]))
     return tuple(things)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as text: {error}.") from None

@@ -33,6 +33,15 @@ def gunicorn_workers() -> list[psutil.Process]:
     return [p for p in found if p.parent() in found]
 
 
+def by_score(stack: Stack, project: int) -> list[tuple[int, float | None]]:
+    """(task, prediction score) as the Data Manager lists them when it is told to sort by that, ascending."""
+    query = {"filters": {"conjunction": "and", "items": []}, "ordering": ["tasks:predictions_score"]}
+    asked = {"project": project, "fields": "all", "page_size": 10_000, "query": json.dumps(query), "include": "id,predictions_score"}
+    login = {"Authorization": f"Token {stack.login.token}"}
+    answer = requests.get(f"{stack.label_studio}/api/tasks/", params=asked, headers=login, timeout=300)
+    return [(t["id"], t["predictions_score"]) for t in answer.json()["tasks"]]
+
+
 @pytest.mark.parametrize("count", [48, pytest.param(1000, marks=pytest.mark.slow)])
 def test_prelabel_killed_twice_ends_with_one_prediction_per_task(stack: Stack, tmp_path: Path, count: int) -> None:
     tour = stack.tour(rendered(tmp_path / "insects", count, seed=3))
@@ -43,7 +52,7 @@ def test_prelabel_killed_twice_ends_with_one_prediction_per_task(stack: Stack, t
         answer = requests.get(route, timeout=30)
         return dict(answer.json()["prelabel"] or {}) if answer.ok else {}
 
-    def wait_for(done: Callable[[dict[str, Any]], bool], seconds: float = 1800.0) -> dict[str, Any]:
+    def wait_for(done: Callable[[dict[str, Any]], bool], seconds: float = 3600.0) -> dict[str, Any]:
         end = time.monotonic() + seconds
         while True:
             try:
@@ -74,6 +83,12 @@ def test_prelabel_killed_twice_ends_with_one_prediction_per_task(stack: Stack, t
     for prediction in predictions[:20]:
         told = {key: prediction[key] for key in ("result", "score", "model_version")}
         check_prediction(tour.project.material.config, told, sdk=True)
+
+    assert tour.status()["label_studio_follows"] is True
+    listed = by_score(stack, project)
+    told = {p["task"]: p["score"] for p in predictions}
+    assert [score for _, score in listed] == pytest.approx(sorted(told.values())) and {t for t, _ in listed} == set(told)
+    assert [score for _, score in listed] == pytest.approx([told[t] for t, _ in listed])
 
     # Asked for again there is nothing to do; another one's version beside it stays, an older one of ours goes when asked to.
     task = next(iter(tour.project.tasks.values()))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 import requests
 
+from backend.connect import SECRET_HEADER
 from backend.demo.samples import Material
 from backend.demo.tour import CORRECTED, EXAMPLES, Tour
 from backend.rounds import decide
@@ -60,6 +62,23 @@ def test_from_a_new_project_to_predictions_of_a_new_version(stack: Stack, insect
     newest = {p["task"]: p for p in sorted(tour.project.label_studio.predictions(tour.project.id), key=lambda p: p["id"])}
     for picture in rest:
         assert newest[tour.project.tasks[picture.path]]["model_version"] == version["model_version"]
+
+    # The model there carries that name, under which the scores are told; and events without the secret are refused by now.
+    studio, project = tour.project.label_studio, tour.project.id
+    until(lambda: [m["title"] for m in studio.ml_backends(project)] == [studio.project(project)["model_version"]] == [version["model_version"]])
+    until(lambda: all(SECRET_HEADER in hook["headers"] for hook in studio.webhooks(project)))
+    event = {"action": "ANNOTATIONS_DELETED", "project": {"id": project}, "annotations": [{"id": 10**9}]}
+    address = tour.status_url.removesuffix("/status") + "/webhook"
+    until(lambda: requests.post(address, json=event, timeout=30).status_code == 401)
+    (hook,) = studio.webhooks(project)
+    assert requests.post(address, json=event, headers=hook["headers"], timeout=30).status_code == 200
+
+
+def until(done: Callable[[], bool], seconds: float = 300.0) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.5)
 
 
 def all_predictions_are_valid(tour: Tour, version: str) -> None:
