@@ -104,7 +104,7 @@ def test_one_command_fills_the_card_and_goes_on(tmp_path: Path, tiny_model: str,
         assert f"### {title}\n" in text
     assert "### Baselines" not in text
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "reports").iterdir()}
-    assert len(kept) == 7
+    assert len(kept) == len(model_card.EVALUATIONS["accuracy"]) + 1
     (tmp_path / "recipes.json").write_text('{"one step": {"steps": 1}}')
     again = [*command, "--recipes", str(tmp_path / "recipes.json")]
     assert model_card.main([*again, "--only", "accuracy", "--only", "recipes"]) == 0
@@ -148,3 +148,11 @@ def test_pictures_of_images_that_are_not_ours_stay_out_of_the_repository(tmp_pat
     assert model_card.main(["--model", tiny_model, "--data", str(data), "--pictures", str(tmp_path / "pictures"),
                             "--reports", str(tmp_path / "reports")]) == 0  # fmt: skip
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+
+
+def test_what_is_said_of_absent_points_is_a_row_for_each_truth() -> None:
+    told = {"absent": {"visible": 3, "absent": 1}, "visible": {"visible": 5}}
+    found = tables.Findings("tiny-0", 0, evaluations={"fly": {"cut": {"visibility": told}}})
+    lines = tables.visibility_table(found)
+    assert [line.split(" | ")[2:] for line in lines[2:]] == [["absent", "4", "0.25", "0.00", "0.75 |"], ["visible", "5", "0.00", "0.00", "1.00 |"]]
+    assert tables.visibility_table(tables.Findings("tiny-0", 0)) == []
