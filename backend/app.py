@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from flask import Blueprint, Flask, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import HTTPException
 
-from backend import prelabel, webhooks
+from backend import current, prelabel, webhooks
 from backend.connect import SECRET_HEADER
 from backend.insight_routes import insight
 from backend.intake import project_of
@@ -27,7 +27,6 @@ from backend.model import KptLLMBackend
 from backend.page import POLICY, error_page, is_page, pages
 from backend.prediction import failed
 from backend.reports import Reports
-from backend.rounds import Rounds
 from backend.services import Services
 from backend.settings import Settings
 from backend.status import health_report, job_state, metrics_text, project_list, project_status, version_state
@@ -81,7 +80,7 @@ def application() -> Flask:
 
 @wire.get("/health")
 def health(project: str | None = None) -> Response:
-    return jsonify(health_report(_services()))
+    return jsonify(health_report(current.services()))
 
 
 @wire.post("/setup")
@@ -103,7 +102,7 @@ def predict(project: str | None = None) -> Response:
     if label_config is not None and not isinstance(label_config, str):
         raise InvalidInput("label_config is the XML of the label config, as text.")
     number = _project(project, body)
-    label_config = label_config or _services().journal.label_config(number)
+    label_config = label_config or current.services().journal.label_config(number)
     if not label_config:
         raise unknown_project(number)
     backend = KptLLMBackend(number, label_config)
@@ -133,8 +132,8 @@ def webhook(project: str | None = None) -> tuple[Response, int]:
     about = body.get("project")
     if project is None and about is None:
         # A webhook without payload: Label Studio's API is asked about every project.
-        for known in project_list(_services()):
-            _services().journal.sweep_soon(known["project"])
+        for known in project_list(current.services()):
+            current.services().journal.sweep_soon(known["project"])
         return jsonify(status="ok", message="no payload; it will be fetched"), 200
     backend = _backend_of_webhook(_project(project, body), about)
     answer = backend.fit(action, body)
@@ -153,9 +152,9 @@ def versions(project: str | None = None) -> Response:
     """The names, the one that serves first. Label Studio names no project here: without one, those of all; with one also, under
     `details`, what is known of each, the newest first: whether it serves, whether it was promoted, and why."""
     asked = project or request.args.get("project")
-    journal = _services().journal
+    journal = current.services().journal
     if not asked:
-        names = [v.name for p in project_list(_services()) for v in reversed(journal.versions(p["project"]))]
+        names = [v.name for p in project_list(current.services()) for v in reversed(journal.versions(p["project"]))]
         return jsonify(versions=list(dict.fromkeys(names)))
     active, known = journal.active(project_of(asked)), journal.versions(project_of(asked))[::-1]
     names = [active.name, *(v.name for v in known)]
@@ -166,14 +165,14 @@ def versions(project: str | None = None) -> Response:
 def job_status(project: str | None = None) -> tuple[Response, int]:
     body = _body()
     try:
-        return jsonify(job_state(_rounds().get(str(body.get("job"))))), 200
+        return jsonify(job_state(current.rounds().get(str(body.get("job"))))), 200
     except NotFound as error:
         return jsonify(error=error.to_json(), job_status="removed"), 410
 
 
 @wire.get("/metrics")
 def metrics(project: str | None = None) -> Response:
-    return Response(metrics_text(_services(), _rounds()), content_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(metrics_text(current.services(), current.rounds()), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 # ---------------------------------------------------------------- what people call
@@ -182,30 +181,30 @@ def metrics(project: str | None = None) -> Response:
 @wire.get("/status")
 def status(project: str | None = None) -> Response:
     if project is None:
-        return jsonify(projects=project_list(_services()))
-    return jsonify(project_status(_services(), _rounds(), project_of(project)))
+        return jsonify(projects=project_list(current.services()))
+    return jsonify(project_status(current.services(), current.rounds(), project_of(project)))
 
 
 @wire.post("/versions/<path:version>/activate")
 def activate(version: str, project: str | None = None) -> Response:
     """Promotion by hand and rollback: the same call."""
     number = _project(project, {})
-    active = _services().journal.activate(number, version, "Activated by hand.")
-    _services().journal.log_event(number, "ACTIVATE", {"version": version})
+    active = current.services().journal.activate(number, version, "Activated by hand.")
+    current.services().journal.log_event(number, "ACTIVATE", {"version": version})
     return jsonify(model_version=active.name, message=f"{active.name} serves from now on.")
 
 
 @wire.post("/jobs/<job>/cancel")
 def cancel(job: str, project: str | None = None) -> Response:
-    if project is not None and _rounds().get(job).project != project_of(project):
+    if project is not None and current.rounds().get(job).project != project_of(project):
         raise NotFound(f"Project {project_of(project)} has no job '{job}'.")
-    return jsonify(job_state(_rounds().cancel(job)))
+    return jsonify(job_state(current.rounds().cancel(job)))
 
 
 @wire.get("/prelabel")
 def prelabel_status(project: str | None = None) -> Response:
     """{"prelabel": the run asked for last, "again": what an outage left to do}, each None if there is none."""
-    return jsonify(prelabel.project_prelabels(_services(), _project(project, dict(request.args))))
+    return jsonify(prelabel.project_prelabels(current.services(), _project(project, dict(request.args))))
 
 
 @wire.post("/prelabel")
@@ -215,14 +214,14 @@ def prelabel_start(project: str | None = None) -> tuple[Response, int]:
     replace = body.get("replace", False)
     if not isinstance(replace, bool):
         raise InvalidInput(f"'replace' is {str(replace)[:40]!r}; expected true or false.")
-    run = prelabel.start(_services(), _project(project, body), replace, "asked for on the page")
-    return jsonify(prelabel.prelabel_state(_services(), run)), 202
+    run = prelabel.start(current.services(), _project(project, body), replace, "asked for on the page")
+    return jsonify(prelabel.prelabel_state(current.services(), run)), 202
 
 
 @wire.post("/prelabel/cancel")
 def prelabel_cancel(project: str | None = None) -> Response:
     body = _body() if request.content_length else {}
-    return jsonify(prelabel.prelabel_state(_services(), prelabel.cancel(_services(), _project(project, body))))
+    return jsonify(prelabel.prelabel_state(current.services(), prelabel.cancel(current.services(), _project(project, body))))
 
 
 # ---------------------------------------------------------------- admission and limits
@@ -230,14 +229,14 @@ def prelabel_cancel(project: str | None = None) -> Response:
 
 def admit() -> None:
     """Basic auth where it is configured, on everything but /health; the secret header on webhooks; no foreign pages' forms."""
-    settings = _services().settings
+    settings = current.services().settings
     _refuse_foreign_pages()
     endpoint = str(request.endpoint or "")
     if endpoint.endswith(".health") or (settings.basic_auth_user and _basic_auth_fits(settings)):
         return
     sent = request.headers.get(SECRET_HEADER, "")
     if endpoint.endswith(".webhook") and (sent or not settings.basic_auth_user):
-        secret = settings.webhook_secret or webhooks.demanded(_services(), _project_of_webhook())
+        secret = settings.webhook_secret or webhooks.demanded(current.services(), _project_of_webhook())
         if secret:
             if hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), secret.encode()):
                 return
@@ -338,7 +337,7 @@ def _project(project: str | None, body: dict[str, Any]) -> str:
 def _repeat_later(project: str, tasks: list[Any], results: list[dict[str, Any]]) -> None:
     """Remember which tasks go away with an empty prediction now. Not being able to must not cost the others theirs."""
     try:
-        prelabel.again(_services(), project, prelabel.to_repeat(tasks, results))
+        prelabel.again(current.services(), project, prelabel.to_repeat(tasks, results))
     except KptError as error:
         log.warning("project %s: empty predictions will stay as they are: %s", project, error.message)
 
@@ -347,23 +346,13 @@ def _backend_of_webhook(project: str, about: Any) -> KptLLMBackend:
     """With the label config that the event brings; a config that cannot be used must not lose the event."""
     config = about.get("label_config") if isinstance(about, dict) else None
     if not isinstance(config, str):
-        known = _services().journal.label_config(project)
+        known = current.services().journal.label_config(project)
         config = known or None
     try:
         return KptLLMBackend(project, config)
     except SchemaError as error:
         log.warning("project %s: %s", project, error.message)
         return KptLLMBackend(project)
-
-
-def _services() -> Services:
-    found: Services = current_app.extensions["services"]
-    return found
-
-
-def _rounds() -> Rounds:
-    found: Rounds = current_app.extensions["rounds"]
-    return found
 
 
 # ---------------------------------------------------------------- answers

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response, current_app, jsonify, request
+from flask import Blueprint, Response, jsonify, request
 
-from backend import review
+from backend import current, review
 from backend.intake import project_of
 from backend.quality import KINDS
-from backend.reports import Reports
-from backend.services import Services
 from kptllm_core.errors import InvalidInput
 
 insight = Blueprint("insight", __name__)
@@ -31,27 +29,27 @@ LIMIT = 50
 
 @insight.get("/effort")
 def effort(project: str | None = None) -> Response:
-    return jsonify(_reports().get("effort", _project(project)))
+    return jsonify(current.reports().get("effort", _project(project)))
 
 
 @insight.get("/anchoring")
 def anchoring(project: str | None = None) -> Response:
-    return jsonify(_reports().get("anchoring", _project(project)))
+    return jsonify(current.reports().get("anchoring", _project(project)))
 
 
 @insight.get("/agreement")
 def agreement(project: str | None = None) -> Response:
-    return jsonify(_reports().get("agreement", _project(project)))
+    return jsonify(current.reports().get("agreement", _project(project)))
 
 
 @insight.get("/calibration")
 def calibration(project: str | None = None) -> Response:
-    return jsonify(_reports().get("calibration", _project(project)))
+    return jsonify(current.reports().get("calibration", _project(project)))
 
 
 @insight.get("/next")
 def what_next(project: str | None = None) -> Response:
-    report = _reports().get("next", _project(project))
+    report = current.reports().get("next", _project(project))
     return jsonify({**report, "tasks": report["tasks"][: _whole("limit", LIMIT)]})
 
 
@@ -64,21 +62,21 @@ def quality(project: str | None = None) -> Response:
 def dismiss(project: str | None = None) -> Response:
     number = _project(project)
     body: Any = request.get_json(silent=True)
-    review.dismiss(_services().journal, number, body.get("finding") if isinstance(body, dict) else None)
+    review.dismiss(current.services().journal, number, body.get("finding") if isinstance(body, dict) else None)
     return jsonify(message="It is not told again until that annotation changes.")
 
 
 @insight.post("/quality/mark")
 def mark(project: str | None = None) -> Response:
     number = _project(project)
-    done = review.mark(_services(), number, _chosen(number, least=review.SURE)["findings"])
+    done = review.mark(current.services(), number, _chosen(number, least=review.SURE)["findings"])
     said = f"{done['tasks']} tasks carry the field '{review.FIELD}' in Label Studio's Data Manager now; filter or sort by it."
     return jsonify({**done, "field": review.FIELD, "message": said})
 
 
 def _chosen(project: str, least: float = 0.0) -> dict[str, Any]:
     """The quality report with the findings that were asked for by ?kind=, ?least= and ?limit=. least: unless another is asked for."""
-    report = review.without_dismissed(_services().journal, project, _reports().get("quality", project))
+    report = review.without_dismissed(current.services().journal, project, current.reports().get("quality", project))
     kind, asked = request.args.get("kind"), request.args.get("least", str(least))
     if kind and kind not in KINDS:
         raise InvalidInput(f"kind is {kind[:40]!r}; expected one of {', '.join(KINDS)}.")
@@ -88,16 +86,6 @@ def _chosen(project: str, least: float = 0.0) -> dict[str, Any]:
         raise InvalidInput(f"least is {asked[:40]!r}; expected a confidence from 0 to 1.") from None
     found = [f for f in report["findings"] if (not kind or f["kind"] == kind) and f["confidence"] >= lowest]
     return {**report, "findings": found[: _whole("limit", review.KEPT)]}
-
-
-def _services() -> Services:
-    found: Services = current_app.extensions["services"]
-    return found
-
-
-def _reports() -> Reports:
-    found: Reports = current_app.extensions["reports"]
-    return found
 
 
 def _project(project: str | None) -> str:

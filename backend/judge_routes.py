@@ -14,14 +14,12 @@ Each also answers below /projects/<id>; without it, the project is named by ?pro
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, current_app, jsonify, request
+from flask import Blueprint, Response, jsonify, request
 
-from backend import compare, serving, status
+from backend import compare, current, serving, status
 from backend.intake import project_of
 from backend.pictures import LONGEST, task_picture
 from backend.prequential import report
-from backend.rounds import Rounds
-from backend.services import Services
 from kptllm_core.errors import InvalidInput
 
 judging = Blueprint("judging", __name__)
@@ -29,60 +27,55 @@ judging = Blueprint("judging", __name__)
 
 @judging.get("/prequential")
 def prequential(project: str | None = None) -> Response:
-    return jsonify(report(_services().journal, _project(project)))
+    return jsonify(report(current.services().journal, _project(project)))
 
 
 @judging.get("/comparisons")
 def comparisons(project: str | None = None) -> Response:
-    return jsonify(comparisons=status.comparison_list(_services(), _project(project)))
+    return jsonify(comparisons=status.comparison_list(current.services(), _project(project)))
 
 
 @judging.get("/compare")
 def side_by_side(project: str | None = None) -> Response:
     a, b, limit = _asked()
-    return jsonify(compare.comparison(_services().journal, _project(project), a, b, limit))
+    return jsonify(compare.comparison(current.services().journal, _project(project), a, b, limit))
 
 
 @judging.post("/compare")
 def ask_for_both(project: str | None = None) -> tuple[Response, int]:
     a, b, limit = _asked()
-    return jsonify(wanted=compare.want(_services().journal, _project(project), a, b, limit)), 202
+    return jsonify(wanted=compare.want(current.services().journal, _project(project), a, b, limit)), 202
 
 
 @judging.get("/tasks/<int:task>/image")
 def picture(task: int, project: str | None = None) -> Response:
     side = _whole("side", LONGEST)
-    data = task_picture(_services(), _project(project), task, request.args.get("control") or None, side)
+    data = task_picture(current.services(), _project(project), task, request.args.get("control") or None, side)
     return Response(data, mimetype="image/jpeg")
 
 
 @judging.get("/jobs")
 def jobs(project: str | None = None) -> Response:
-    rounds: Rounds = current_app.extensions["rounds"]
+    rounds = current.rounds()
     return jsonify(jobs=[status.job_state(job) for job in rounds.history(_project(project))])
 
 
 @judging.post("/rollback")
 def rollback(project: str | None = None) -> Response:
-    version, said = serving.roll_back(_services().journal, _project(project))
+    version, said = serving.roll_back(current.services().journal, _project(project))
     return jsonify(model_version=version.name, message=said)
 
 
 @judging.post("/versions/<path:version>/pin")
 def pin(version: str, project: str | None = None) -> Response:
-    pinned = serving.pin(_services().journal, _project(project), version)
+    pinned = serving.pin(current.services().journal, _project(project), version)
     return jsonify(model_version=pinned.name, pinned=True, message=f"{pinned.name} serves until it is unpinned.")
 
 
 @judging.post("/unpin")
 def unpin(project: str | None = None) -> Response:
-    now = serving.unpin(_services().journal, _project(project))
+    now = serving.unpin(current.services().journal, _project(project))
     return jsonify(model_version=now.name, pinned=False, message=f"{now.name} serves until a better one comes.")
-
-
-def _services() -> Services:
-    found: Services = current_app.extensions["services"]
-    return found
 
 
 def _project(project: str | None) -> str:

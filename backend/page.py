@@ -22,15 +22,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flask import Blueprint, Response, current_app, jsonify, render_template, request, url_for
+from flask import Blueprint, Response, jsonify, render_template, request, url_for
 
-from backend import charts, compare, overlays, prelabel, review
+from backend import charts, compare, current, overlays, prelabel, review
 from backend.intake import project_of
 from backend.prequential import report as prequential
 from backend.quality import KINDS
-from backend.reports import Reports
-from backend.rounds import Rounds
-from backend.services import Services
 from backend.status import comparison_list, health_report, project_list, project_status
 from backend.tables import Project, Task, Version
 from kptllm_core.errors import InvalidInput, KptError, NotFound
@@ -55,9 +52,9 @@ Json = dict[str, Any]
 
 @pages.get("/")
 def projects() -> str | Response:
-    known = [project_status(_services(), _rounds(), p["project"]) for p in project_list(_services())]
+    known = [project_status(current.services(), current.rounds(), p["project"]) for p in project_list(current.services())]
     if wants_json():
-        return jsonify(projects=project_list(_services()), health=health_report(_services()))
+        return jsonify(projects=project_list(current.services()), health=health_report(current.services()))
     return _page("projects.html", projects=known, command=connect_command("PROJECT_ID"))
 
 
@@ -66,9 +63,9 @@ def overview(project: str) -> str | Response:
     status = _status(project)
     if wants_json():
         return jsonify(status)
-    number, journal = status["project"], _services().journal
-    effort, anchoring = _reports().get("effort", number), _reports().get("anchoring", number)
-    agreement = _reports().get("agreement", number)
+    number, journal = status["project"], current.services().journal
+    effort, anchoring = current.reports().get("effort", number), current.reports().get("anchoring", number)
+    agreement = current.reports().get("agreement", number)
     accuracy, people = charts.accuracy(status, prequential(journal, number), agreement), charts.people_by_point(agreement)
     return _page(
         "project.html", status, "overview", accuracy=accuracy, people=people, effort=effort, clicks=charts.effort(effort), anchoring=anchoring,
@@ -79,15 +76,15 @@ def overview(project: str) -> str | Response:
 @pages.get("/projects/<project>/view/now")
 def now(project: str) -> str:
     status = _status(project)
-    return render_template("_now.html", status=status, settings=_services().settings, **_now(status))
+    return render_template("_now.html", status=status, settings=current.services().settings, **_now(status))
 
 
 @pages.get("/projects/<project>/view/versions")
 def versions(project: str) -> str:
     status = _status(project)
-    judged = {v["model_version"]: v for v in prequential(_services().journal, status["project"])["versions"]}
-    found = comparison_list(_services(), status["project"])
-    served = {job.version for job in _rounds().history(status["project"]) if job.promoted}
+    judged = {v["model_version"]: v for v in prequential(current.services().journal, status["project"])["versions"]}
+    found = comparison_list(current.services(), status["project"])
+    served = {job.version for job in current.rounds().history(status["project"]) if job.promoted}
     return _page("versions.html", status, "versions", judged=judged, comparisons=found, served=served)
 
 
@@ -96,7 +93,7 @@ def side_by_side(project: str) -> str:
     status = _status(project)
     a, b = request.args.get("a") or None, request.args.get("b") or None
     try:
-        told, problem = compare.comparison(_services().journal, status["project"], a, b, COMPARED), ""
+        told, problem = compare.comparison(current.services().journal, status["project"], a, b, COMPARED), ""
     except NotFound as error:
         told, problem = None, error.message
     shown = _side_by_side(told) if told else []
@@ -107,7 +104,7 @@ def side_by_side(project: str) -> str:
 @pages.get("/projects/<project>/view/next")
 def what_next(project: str) -> str:
     status = _status(project)
-    report, calibration = (_reports().get(name, status["project"]) for name in ("next", "calibration"))
+    report, calibration = (current.reports().get(name, status["project"]) for name in ("next", "calibration"))
     limit = _limit(FEW)
     return _page("next.html", status, "next", report=report, tasks=report["tasks"][:limit], limit=limit,
                  calibration=calibration, diagram=charts.reliability(calibration))  # fmt: skip
@@ -117,7 +114,7 @@ def what_next(project: str) -> str:
 def labels(project: str) -> str:
     status = _status(project)
     number = status["project"]
-    report = review.without_dismissed(_services().journal, number, _reports().get("quality", number))
+    report = review.without_dismissed(current.services().journal, number, current.reports().get("quality", number))
     kind, limit = request.args.get("kind") or None, _limit(FEW)
     if kind not in (None, *KINDS):
         raise InvalidInput(f"kind is {str(kind)[:40]!r}; expected one of {', '.join(KINDS)}.")
@@ -128,7 +125,7 @@ def labels(project: str) -> str:
 
 @pages.post("/projects/<project>/start")
 def start(project: str) -> tuple[Response, int]:
-    job, said = _rounds().start(project_of(project), "Start training on the page")
+    job, said = current.rounds().start(project_of(project), "Start training on the page")
     return jsonify(job=job.id if job else None, message=said), 202 if job else 200
 
 
@@ -161,7 +158,7 @@ def error_page(error: KptError) -> str:
 def connect_command(project: str) -> str:
     """The command that attaches a Label Studio project to this backend, to be pasted into a shell in the backend's folder. Secrets
     are left to be filled in."""
-    settings, python = _services().settings, Path(sys.executable)
+    settings, python = current.services().settings, Path(sys.executable)
     inside = python.is_relative_to(Path.cwd())  # the environment that `make` makes: nobody has to activate it
     parts = [str(python.relative_to(Path.cwd())) if inside else "python", "-m", "backend", "connect", "--url", settings.label_studio_url]
     parts += ["--token", "YOUR_TOKEN", "--project", project, "--backend-url", request.host_url.rstrip("/")]
@@ -177,7 +174,7 @@ def connect_command(project: str) -> str:
 def support_examples(project: str) -> list[Json]:
     """The examples that the serving version is shown: [{"task", "control", "drawing" or None}]."""
     config = _config(project)
-    with _services().journal.reading() as session:
+    with current.services().journal.reading() as session:
         row = session.get_one(Project, project)
         version = session.get(Version, row.active_version) if row.active_version else None
         skeletons = {f"{c.from_name}:{c.to_name}": c.schema.skeleton for c in config.controls} if config else {}
@@ -211,24 +208,24 @@ def _now(status: Json) -> Json:
     """What changes by itself: the round, predictions in advance."""
     job = status["job"]
     busy = bool(job and job["state"] in ("requested", "prepared", "running"))
-    runs = prelabel.project_prelabels(_services(), status["project"])
+    runs = prelabel.project_prelabels(current.services(), status["project"])
     active = any(run and run["active"] for run in runs.values())
     state = [status["model_version"], status["labelled"], status["pinned"], job and (job["job"], job["state"]), active]
     return {
-        "busy": busy, "runs": runs, "may_write": _services().has_token and status["project"].isdigit(),
+        "busy": busy, "runs": runs, "may_write": current.services().has_token and status["project"].isdigit(),
         "every": 2 if busy or active else 20, "state": hashlib.sha256(repr(state).encode()).hexdigest()[:12],
     }  # fmt: skip
 
 
 def _page(template: str, status: Json | None = None, view: str = "", **more: Any) -> str:
-    services = _services()
+    services = current.services()
     return render_template(template, status=status, view=view, health=health_report(services), settings=services.settings, **more)
 
 
 @pages.app_template_global()
 def studio(project: str, task: int | None = None) -> str:
     """The address of a project, or of one of its tasks, in Label Studio as the browser reaches it."""
-    settings = _services().settings
+    settings = current.services().settings
     base = (settings.label_studio_public_url or settings.label_studio_url).rstrip("/")
     return f"{base}/projects/{project}/data" + (f"?task={task}" if task is not None else "")
 
@@ -267,11 +264,11 @@ pages.add_app_template_filter(KIND_NAMES.get, "kind")
 
 
 def _status(project: str) -> Json:
-    return project_status(_services(), _rounds(), project_of(project))
+    return project_status(current.services(), current.rounds(), project_of(project))
 
 
 def _config(project: str) -> LabelConfig | None:
-    text = _services().journal.label_config(project)
+    text = current.services().journal.label_config(project)
     return parse(text) if text else None
 
 
@@ -280,18 +277,3 @@ def _limit(default: int) -> int:
     if not value.isdecimal() or not 1 <= int(value[:9]) <= MANY:
         raise InvalidInput(f"limit is {value[:40]!r}; expected a whole number from 1 to {MANY}.")
     return int(value)
-
-
-def _services() -> Services:
-    found: Services = current_app.extensions["services"]
-    return found
-
-
-def _rounds() -> Rounds:
-    found: Rounds = current_app.extensions["rounds"]
-    return found
-
-
-def _reports() -> Reports:
-    found: Reports = current_app.extensions["reports"]
-    return found

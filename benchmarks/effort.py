@@ -18,13 +18,11 @@ out. A picture of the curves lies beside --out, and a folder with the state: an 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +31,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backend.demo.samples import Material, Picture, choose, from_folder
+from backend.demo.services import alone_in
 from benchmarks.corrections import Corrections, corrections, running_effort, stretches, total
 from benchmarks.replay import Log, Player, counted, playing, read
 from benchmarks.studio import Studio
 from kptllm_core import report
-from kptllm_core.errors import Conflict, DataError, InvalidInput, KptError
+from kptllm_core.errors import DataError, InvalidInput, KptError
 
 FEWEST = 10  # labelled images in the backend's first round
 BASELINE = (
@@ -182,17 +181,6 @@ def fitting_rounds(asked: Sequence[int], examples: int, images: int) -> list[int
     return kept
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Conflict(f"Another replay works in {folder}. Wait for it, or name another --out.") from None
-        yield
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The replay and its report. Raises KptError."""
     material = material_of(args.data)
@@ -202,7 +190,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "images": args.images, "rounds": rounds, "examples": args.examples, "tolerance": args.tolerance, "seed": args.seed,
             "model": args.model, "seconds": args.seconds}  # fmt: skip
     folder = args.out.with_suffix(".state").resolve()
-    with alone_in(folder):
+    with alone_in(folder, "Another replay works in {folder}. Wait for it, or name another --out."):
         log = Log(folder / "replay.jsonl", told)
         if len(log.of("image")) < len(pictures):
             settings = {"MODEL": args.model, "ROUND_SECONDS": str(args.seconds), "DEVICE": args.device}

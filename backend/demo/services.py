@@ -77,14 +77,14 @@ class Login:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Holds the folder for one demo at a time; Conflict when another one runs in it."""
+def alone_in(folder: Path, taken: str = "Another demo runs in {folder}. Stop it with Ctrl-C, or choose another --folder.") -> Iterator[None]:
+    """Holds the folder for one process at a time; Conflict, with the words of `taken`, when another one has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Conflict(f"Another demo runs in {folder}. Stop it with Ctrl-C, or choose another --folder.") from None
+            raise Conflict(taken.format(folder=folder)) from None
         yield
 
 
