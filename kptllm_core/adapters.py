@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kptllm_core.errors import ArtifactError
 from kptllm_core.model import KptLLM
 
-FULL = ("decoder.", "extractor.", "shots.", "prompt_token.", "echo.", "image_tokens.", "vision.")
+FULL = ("decoder.", "extractor.", "shots.", "prompt_token.", "echo.", "image_tokens.", "vision.", "instances.")
 """Prefixes of the parts that an adapter holds whole, where LoRA does not take them."""
 _LORA = re.compile(r"^(llm\.(?!.*(lm_head|embed)).*|vision\.backbone\..*)$")
 

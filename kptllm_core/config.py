@@ -41,6 +41,8 @@ class ModelConfig:
     """Width of the refinement over all points of an object."""
     refine_layers: int = 2
     refine_heads: int = 4
+    instance_width: int = 64
+    """Channels of the head that finds objects in a whole image."""
     lora_rank: int = 16
     """Rank of an adapter's LoRA matrices."""
     lora_alpha: int = 32

@@ -170,7 +170,7 @@ class Refinement(nn.Module):
         super().__init__()
         width, heads = config.refine_width, config.refine_heads
         self.under = Under(config.features)
-        self.enter = nn.Linear(3 * 64 + sum(config.features) + 2 * dim + 7, width)
+        self.enter = nn.Linear(3 * 64 + sum(config.features) + 2 * dim + 13, width)
         self.bias = nn.Sequential(nn.Linear(9, 32), nn.GELU(), nn.Linear(32, heads))
         self.layers = nn.ModuleList([Attention(width, heads, expand=2) for _ in range(config.refine_layers)])
         self.norm = nn.LayerNorm(width)
@@ -184,9 +184,12 @@ class Refinement(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.constant_(self.reach.bias, -1.6)  # a reach of a fifth of the crop
 
-    def forward(self, heat: Tensor, features: Features, support: Support, state: Tensor, asked: Tensor,
+    def forward(self, heat: Tensor, planes: list[Tensor], features: Features, support: Support, state: Tensor, asked: Tensor,
                 fixed: Tensor | None = None, fixed_xy: Tensor | None = None) -> Answer:  # fmt: skip
-        """heat: (B, K, H, W). asked: (B, K) bool, False for padding. fixed: (B, K) bool with fixed_xy (B, K, 2) in 0…1."""
+        """heat: (B, K, H, W). planes: three (B, K, G, ·, ·).
+
+        asked: (B, K) bool, False for padding. fixed: (B, K) bool with fixed_xy (B, K, 2) in 0…1.
+        """
         xy = peak(heat)
         if fixed is not None and fixed_xy is not None:
             xy = torch.where(fixed.unsqueeze(-1), fixed_xy, xy)
@@ -200,7 +203,8 @@ class Refinement(nn.Module):
         expected = robust_fit(support.layout, at, weight)
         expected = torch.where(support.known.unsqueeze(-1), expected, at)
         under = self.under(features, at)
-        scalars = torch.cat([torch.stack([sure, spread, flat.amax(-1) / 10, support.known.float(), fixed.float()], -1), (expected - at) * 4], -1)
+        numbers = [sure, spread, flat.amax(-1) / 10, support.known.float(), fixed.float(), *likeness(planes, at)]
+        scalars = torch.cat([torch.stack(numbers, -1), (expected - at) * 4], -1)
         codes = [position_code(p, 64) for p in (at, support.layout, expected)]
         x = self.enter(torch.cat([*codes, under.float(), support.token.float(), state.float(), scalars], -1))
         mask = self.bias(_pairs(at, support.layout, expected)).permute(0, 3, 1, 2)
@@ -243,6 +247,16 @@ def peak(heat: Tensor) -> Tensor:
     x = (share.sum(-2) * (columns + 0.5)).sum(-1) / width
     y = (share.sum(-1) * (rows + 0.5)).sum(-1) / height
     return torch.stack([x, y], -1)
+
+
+def likeness(planes: list[Tensor], at: Tensor) -> list[Tensor]:
+    """How alike the support's points and the query's places are, at each scale: (B, K) at the place `at` (B, K, 2), and at best."""
+    found = []
+    for plane in planes:
+        mean = plane.detach().float().mean(2)
+        here = sample(mean.flatten(0, 1).unsqueeze(1), at.flatten(0, 1).unsqueeze(1)).view(at.shape[:2])
+        found += [here, mean.flatten(2).amax(-1)]
+    return found
 
 
 def similarity_fit(layout: Tensor, xy: Tensor, weight: Tensor) -> Tensor:

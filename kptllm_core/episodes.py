@@ -16,7 +16,7 @@ from PIL import Image
 
 from kptllm_core.dataset import Sample
 from kptllm_core.geometry import CROP_FACTOR, Crop, similarity_crop
-from kptllm_core.imaging import PAPER, warp
+from kptllm_core.imaging import PAPER, cut_image, warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.synthetic import Category
 
@@ -34,6 +34,18 @@ class Episode:
     visibility: np.ndarray
     size: np.ndarray
     names: tuple[str, ...] | None
+    scene: Scene | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A whole image, or a window of one, with objects of the episode's kind, and where all of them are.
+
+    image: (S, S, 3) uint8. boxes: (n, 4) float32 left, top, right, bottom in 0…1; n may be 0.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,10 @@ class Augmentation:
     """Strength of colour changes, noise and blur."""
     flip: float = 0.5
     """Share of views that are mirrored, left and right names swapped."""
+    cut: float = 0.2
+    """Share of views that lose up to half of the object, as at the border of a photograph: points there are absent."""
+    covered: float = 0.3
+    """Share of views in which something lies over a part of the object: points there are occluded."""
 
 
 class Source(Protocol):
@@ -72,11 +88,22 @@ class Images:
         return self._cache[key]
 
 
+CROWDED = 8  # objects of a rendered scene at most
+STRANGE = 0.1  # share of rendered scenes that show another kind: nothing to be found
+CLOSE = 0.5  # share of scenes that are a window around one of the objects, as a search with windows sees them
+INSIDE = 0.4  # of an object's box: with less of it in a window it is not asked for
+
+
 class Labelled:
     """People's labels. Categories are drawn evenly in the root of their number of groups, so that persons drown nobody."""
 
     def __init__(self, samples: Sequence[Sample], augmentation: Augmentation, max_points: int, images: Images | None = None) -> None:
         self.kinds: list[dict[str, list[Sample]]] = []
+        self.beside: dict[tuple[str, str], list[np.ndarray]] = {}
+        """Boxes of all objects of a kind in an image, whether or not their points are labelled."""
+        for sample in samples:
+            if (box := sample.keypoints.object_box()) is not None:
+                self.beside.setdefault((str(sample.image_path), sample.category), []).append(np.asarray(box, np.float64))
         for kind in _by_category(samples).values():
             groups: dict[str, list[Sample]] = {}
             for sample in kind:
@@ -95,7 +122,11 @@ class Labelled:
         picked = [keys[i] for i in rng.choice(len(keys), views, replace=len(keys) < views)]
         samples = [groups[k][rng.integers(len(groups[k]))] for k in picked]
         pairs = [(self.images.read(s), s.keypoints) for s in samples]
-        return make_episode(rng, pairs, samples[0].schema, size, self.augmentation, self.max_points)
+        episode = make_episode(rng, pairs, samples[0].schema, size, self.augmentation, self.max_points)
+        shown = groups[keys[rng.integers(len(keys))]]
+        one = shown[rng.integers(len(shown))]
+        boxes = self.beside.get((str(one.image_path), one.category), [])
+        return replace(episode, scene=make_scene(rng, self.images.read(one), boxes, size, self.augmentation))
 
 
 class Rendered:
@@ -107,7 +138,14 @@ class Rendered:
     def episode(self, rng: np.random.Generator, views: int, size: int) -> Episode:
         category = Category.sample(rng)
         pairs = [category.render(rng, size) for _ in range(views)]
-        return make_episode(rng, pairs, category.schema, size, self.augmentation, self.max_points)
+        episode = make_episode(rng, pairs, category.schema, size, self.augmentation, self.max_points)
+        count = int(rng.integers(0, CROWDED + 1)) if rng.random() < 0.6 else 1
+        strange = rng.random() < STRANGE
+        shown = Category.sample(rng) if strange else category
+        width, height = (int(size * f) for f in rng.uniform(1.0, 1.8, 2))
+        image, found = shown.scene(rng, width, height, count)
+        boxes = [] if strange else [b for b in (f.object_box() for f in found) if b is not None]
+        return replace(episode, scene=make_scene(rng, image, boxes, size, self.augmentation))
 
 
 class SelfPairs:
@@ -147,6 +185,8 @@ def make_episode(rng: np.random.Generator, pairs: Sequence[tuple[np.ndarray, Key
     tint = _tint(rng, augmentation.colour)
     images, places, states, sizes = [], [], [], []
     for image, points in pairs:
+        if rng.random() < augmentation.cut:
+            image, points = _cut(rng, image, points)
         flip = together or (paired and rng.random() < augmentation.flip)
         box = points.object_box()
         box = np.array([0, 0, *image.shape[1::-1]], np.float64) if box is None else np.asarray(box, np.float64)
@@ -155,8 +195,11 @@ def make_episode(rng: np.random.Generator, pairs: Sequence[tuple[np.ndarray, Key
         xy = crop.to_crop(points.xy)
         if bend and rng.random() < 0.6:
             picture, xy = _bend(rng, picture, xy)
-        images.append(_colour(rng, picture, tint, augmentation.colour))
         visibility = points.visibility.copy()
+        if rng.random() < augmentation.covered:
+            picture, hidden = _cover(rng, picture, xy)
+            visibility[hidden & points.placed] = Visibility.OCCLUDED
+        images.append(_colour(rng, picture, tint, augmentation.colour))
         if flip and paired:
             xy, visibility = xy[mirror], visibility[mirror]
         outside = ((xy < 0) | (xy >= size)).any(1) & ((visibility == Visibility.VISIBLE) | (visibility == Visibility.OCCLUDED))
@@ -170,6 +213,25 @@ def make_episode(rng: np.random.Generator, pairs: Sequence[tuple[np.ndarray, Key
     order = order[np.argsort(seen[order] == 0, kind="stable")][:max_points]
     names = None if together else tuple(schema.names[i] for i in order)
     return Episode(np.stack(images), xy[:, order], visibility[:, order], np.array(sizes, np.float32), names)
+
+
+def make_scene(rng: np.random.Generator, image: np.ndarray, boxes: Sequence[np.ndarray], size: int, augmentation: Augmentation) -> Scene:
+    """The whole image, or a window around one of its objects, a little turned and coloured, with the boxes that it still holds."""
+    height, width = image.shape[:2]
+    window, factor = np.array([0.0, 0.0, width, height]), rng.uniform(0.8, 1.15)
+    if len(boxes) and rng.random() < CLOSE:
+        window = np.asarray(boxes[int(rng.integers(len(boxes)))], np.float64)
+        factor = min(rng.uniform(1.5, 5.0), 1.2 * max(width, height) / max(window[2:].max(), 1.0))
+    crop = _random_crop(rng, window, size, factor, rng.uniform(-10, 10), rng.random() < augmentation.flip)
+    picture = _colour(rng, warp(image, crop), _tint(rng, augmentation.colour), augmentation.colour)
+    kept = []
+    for x, y, w, h in boxes:
+        corners = crop.to_crop(np.array([[x, y], [x + w, y], [x + w, y + h], [x, y + h]])) / size
+        whole = np.concatenate([corners.min(0), corners.max(0)])
+        left = np.clip(whole, 0, 1)
+        if np.prod(left[2:] - left[:2]) >= INSIDE * max(float(np.prod(whole[2:] - whole[:2])), 1e-9):
+            kept.append(left)
+    return Scene(picture, np.array(kept, np.float32).reshape(-1, 4))
 
 
 def structured_points(rng: np.random.Generator, image: np.ndarray, corner: np.ndarray, window: float, count: int) -> np.ndarray:
@@ -217,6 +279,32 @@ def _bend(rng: np.random.Generator, image: np.ndarray, xy: np.ndarray) -> tuple[
     return np.asarray(bent), new
 
 
+def _cut(rng: np.random.Generator, image: np.ndarray, points: KeypointSet) -> tuple[np.ndarray, KeypointSet]:
+    """Up to half of the object cut off; as it was where that would leave no point."""
+    box = points.object_box()
+    if box is None or min(image.shape[:2]) < 8:
+        return image, points
+    cut = cut_image(image, replace(points, box=np.asarray(box)), int(rng.integers(2)), bool(rng.integers(2)), rng.uniform(0.15, 0.5))
+    return cut if cut[1].placed.any() else (image, points)
+
+
+def _cover(rng: np.random.Generator, image: np.ndarray, xy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A rectangle of one colour, of noise, or of another part of the picture over it; (K,) bool: which points lie under it."""
+    size = image.shape[0]
+    sides = (size * rng.uniform(0.08, 0.4, 2)).astype(int)
+    (row, column), (from_row, from_column) = rng.integers(0, size - sides), rng.integers(0, size - sides)
+    draw = rng.random()
+    patch: np.ndarray = rng.integers(0, 256, 3, np.uint8)
+    if draw < 0.3:
+        patch = image[from_row : from_row + sides[0], from_column : from_column + sides[1]].copy()
+    elif draw < 0.5:
+        patch = np.clip(patch + rng.normal(0, 40, (*sides, 1)), 0, 255).astype(np.uint8)
+    covered = image.copy()
+    covered[row : row + sides[0], column : column + sides[1]] = patch
+    low = np.array([column, row])
+    return covered, ((xy >= low) & (xy < low + sides[::-1])).all(1)
+
+
 def _tint(rng: np.random.Generator, strength: float) -> np.ndarray:
     """A change of colour that all views of an episode share: a camera's."""
     return np.exp(rng.normal(0, 0.1 * strength, 3))
@@ -234,10 +322,6 @@ def _colour(rng: np.random.Generator, image: np.ndarray, tint: np.ndarray, stren
     x = x * (tint * np.exp(rng.normal(0, 0.06 * strength, 3))).astype(np.float32)
     if rng.random() < 0.2 * strength:
         x = x + rng.normal(0, rng.uniform(0.005, 0.04), x.shape[:2]).astype(np.float32)[..., None]
-    if rng.random() < 0.15 * strength:
-        size, side = x.shape[0], int(x.shape[0] * rng.uniform(0.08, 0.25))
-        row, column = rng.integers(0, size - side, 2)
-        x[row : row + side, column : column + side] = rng.random(3).astype(np.float32)
     image = (np.clip(x, 0, 1) * 255).astype(np.uint8)
     if rng.random() < 0.15 * strength:
         small = max(int(image.shape[0] * rng.uniform(0.4, 0.8)), 8)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from kptllm_core import published, report
+from kptllm_core import crowds, published, report
 from kptllm_core.ablation import without
 from kptllm_core.baselines import build_baseline
 from kptllm_core.dataset import Sample
@@ -66,6 +66,8 @@ def evaluate(
     with without(predictor, options.without) as asked:
         if options.task == "name":
             found = _naming(predictor, kept, options)
+        elif options.task == "instances":
+            found = _instances(predictor, kept, options)
         else:
             answers = build_baseline(options.baseline, predictor) if options.baseline else asked
             found = _detection(answers, kept, options, draw)
@@ -176,6 +178,44 @@ def _naming(predictor: Predictor, categories: Sequence[Category], options: Optio
     if not points:
         raise DataError(f"None of the {len(reader.unreadable)} images could be read. Check the folder 'images'.")
     return report.naming(points, seconds / images, sorted(reader.unreadable))
+
+
+def _instances(predictor: Predictor, categories: Sequence[Category], options: Options) -> dict[str, Any]:
+    """All objects of up to episodes × queries whole images, each image asked once with one support set of its episode."""
+    scenes: list[crowds.Scene] = []
+    reader = _Reader(DECODED // 8)
+    plan = [(c, e) for c in categories for e in _scenes(c, options)]
+    begin = time.perf_counter()
+    for category, (support, images) in _progress(plan):
+        shown = [Example(image, truth) for image, truth, _ in reader.read(map(_upright, support), category.schema)]
+        for samples in images:
+            read = reader.read(map(_upright, samples), category.schema)
+            if read:
+                found = predictor.predict_objects([read[0][0]], category.schema, shown if options.prompt != "text" else [], prompt=options.prompt)
+                scenes.append(crowds.Scene(category.name, [truth for _, truth, _ in read], found[0]))
+    if not scenes:
+        raise DataError(f"None of the {len(reader.unreadable)} images could be read. Check the folder 'images'.")
+    each = {c.name: crowds.figures([s for s in scenes if s.category == c.name]) for c in categories}
+    mean = {k: [f[k] for f in each.values() if f[k] is not None] for k in ("box_ap50", "box_ap", "recall50", "oks_ap")}
+    return {
+        **{k: float(np.mean(v)) if v else None for k, v in mean.items()},
+        "per_category": each,
+        "seconds_per_image": (time.perf_counter() - begin) / len(scenes),
+        "unreadable": sorted(reader.unreadable),
+    }
+
+
+def _scenes(category: Category, options: Options) -> list[tuple[list[Sample], list[list[Sample]]]]:
+    """Support objects, and the whole images that they are asked for: of other groups where there are enough."""
+    rng = stream(category.name, options.seed)
+    every = crowds.images_of(category.samples)
+    order = rng.permutation(len(every))[: options.episodes * options.queries]
+    plan = []
+    for start in range(0, len(order), options.queries):
+        asked = [every[i] for i in order[start : start + options.queries]]
+        support = [] if options.shots == 0 else crowds.draw_support(category.supports, asked, options.shots, rng)
+        plan.append((support, asked))
+    return plan
 
 
 def _episodes(category: Category, options: Options) -> list[Episode]:

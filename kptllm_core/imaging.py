@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from kptllm_core.errors import ImageError, TooLarge
+from kptllm_core.errors import ImageError, InvalidInput, TooLarge
 from kptllm_core.geometry import Crop
+from kptllm_core.keypoints import KeypointSet, Visibility
 
 MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM")
@@ -93,3 +94,25 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(paper, rgba)
     return np.asarray(image.convert("RGB"))
+
+
+def cut_image(image: np.ndarray, points: KeypointSet, axis: int, before: bool, share: float) -> tuple[np.ndarray, KeypointSet]:
+    """The image (H, W, 3) without what lies beyond a line through the object, as at the border of a photograph, and what is left.
+
+    `share` of the box's side along `axis` (0 x, 1 y) goes, at its start (`before`) or its end. Points there are absent; the box
+    is what remains of it. InvalidInput without a box.
+    """
+    if points.box is None:
+        raise InvalidInput("An object without a box cannot be cut: nobody knows how large it is.")
+    start, side = float(points.box[axis]), float(points.box[axis + 2])
+    line = int(np.clip(round(start + side * (share if before else 1 - share)), 1, image.shape[1 - axis] - 1))
+    left = np.array([*points.box[:2], *(points.box[:2] + points.box[2:])], np.float64)
+    left[axis], left[axis + 2] = (line, start + side) if before else (start, line)
+    gone = points.xy[:, axis] < line if before else points.xy[:, axis] >= line
+    shift = np.zeros(2)
+    shift[axis] = line if before else 0
+    box = np.array([*(left[:2] - shift), *np.maximum(left[2:] - left[:2], 1.0)])
+    visibility = np.where(gone & points.placed, Visibility.ABSENT, points.visibility)
+    kept = slice(line, None) if before else slice(0, line)
+    image = image[:, kept] if axis == 0 else image[kept]
+    return np.ascontiguousarray(image), KeypointSet(points.names, points.xy - shift, visibility, points.score, box)

@@ -66,10 +66,11 @@ def oks(predicted: np.ndarray, true: np.ndarray, labelled: np.ndarray, area: flo
     return float(similarity[np.asarray(labelled, bool)].mean())
 
 
-def average_precision(images: Sequence[tuple[np.ndarray, np.ndarray]], threshold: float) -> float | None:
-    """COCO's average precision at one OKS threshold; None without true objects.
+def average_precision(images: Sequence[tuple[np.ndarray, np.ndarray]], threshold: float, most: int = MAX_DETECTIONS) -> float | None:
+    """COCO's average precision at one threshold of similarity; None without true objects.
 
-    images: for each image of one category, the scores (D,) of what was predicted and its `oks` (D, G) with each true object.
+    images: for each image of one category, the scores (D,) of what was predicted and its similarity (D, G) with each true object:
+    `oks` of the points, or the overlap (IoU) of the boxes. Of an image the `most` surest predictions count.
     In each image the surest prediction takes its best free object first; one that finds none at `threshold` or above is
     wrong. Precision is made monotone and averaged at the recalls 0, .01 … 1.
     """
@@ -80,7 +81,7 @@ def average_precision(images: Sequence[tuple[np.ndarray, np.ndarray]], threshold
     right: list[bool] = []
     for score, similarity in images:
         free = np.ones(similarity.shape[1], bool)
-        for row in np.argsort(-np.asarray(score), kind="stable")[:MAX_DETECTIONS]:
+        for row in np.argsort(-np.asarray(score), kind="stable")[:most]:
             scores.append(float(score[row]))
             candidates = np.where(free, similarity[row], -1.0)
             best = int(candidates.argmax()) if len(candidates) else -1
@@ -93,9 +94,9 @@ def average_precision(images: Sequence[tuple[np.ndarray, np.ndarray]], threshold
     return float(np.concatenate([precision, [0.0]])[np.minimum(first, len(precision))].mean())
 
 
-def oks_ap(images: Sequence[tuple[np.ndarray, np.ndarray]]) -> float | None:
-    """Mean of `average_precision` over OKS .50:.05:.95: the AP of COCO and AP-10K, for one category."""
-    found = [average_precision(images, t) for t in OKS_THRESHOLDS]
+def mean_ap(images: Sequence[tuple[np.ndarray, np.ndarray]], most: int = MAX_DETECTIONS) -> float | None:
+    """Mean of `average_precision` over .50:.05:.95: the AP of COCO (boxes or points) and AP-10K, for one category."""
+    found = [average_precision(images, t, most) for t in OKS_THRESHOLDS]
     return None if found[0] is None else float(np.mean([f for f in found if f is not None]))
 
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kptllm_core.config import ModelConfig
 from kptllm_core.decoder import Answer, Decoder, Support
+from kptllm_core.instances import Detected, Instances
 from kptllm_core.language import Questions
 from kptllm_core.prompts import PromptFeatureExtractor, ShotAttention
 from kptllm_core.vision import Features, build_encoder
@@ -51,6 +52,7 @@ class KptLLM(nn.Module):
         nn.init.normal_(self.echo.weight, std=0.01)
         nn.init.zeros_(self.echo.bias)
         self.decoder = Decoder(config, dim)
+        self.instances = Instances(config, dim)
 
     def encode(self, images: Tensor) -> Features:
         """(B, 3, S, S) uint8 or 0…255 → feature maps."""
@@ -113,13 +115,21 @@ class KptLLM(nn.Module):
         """What lies under the support's points against every place: (B, K, groups, H, W) at each scale."""
         return self.decoder.correlation(self.decoder.correlation.describe(features), support)
 
-    def locate(self, features: Features, support: Support, state: Tensor, planes: list[Tensor] | None = None) -> Tensor:
+    def locate(self, features: Features, support: Support, state: Tensor, planes: list[Tensor]) -> Tensor:
         """Heatmap logits (B, K, H, W) of the asked points, each independent of the others."""
-        return self.decoder.head(features.fine, planes or self.correlate(features, support), support, state)
+        return self.decoder.head(features.fine, planes, support, state)
 
-    def refine(self, heat: Tensor, features: Features, support: Support, state: Tensor, asked: Tensor, **fixed: Any) -> Answer:
+    def refine(self, heat: Tensor, planes: list[Tensor], features: Features, support: Support, state: Tensor, asked: Tensor,
+               **fixed: Any) -> Answer:  # fmt: skip
         """All points of one object together; see `Refinement`."""
-        return self.decoder.refinement(heat, features, support, state, asked, **fixed)
+        return self.decoder.refinement(heat, planes, features, support, state, asked, **fixed)
+
+    def detect(self, features: Features, support: Support, asked: Asked) -> Detected:
+        """Boxes of the objects that have the asked points, in whole images. What the points' part computes is taken as it is."""
+        _, state = self.ask(features, support, support.token, asked)
+        planes = self.correlate(features, support)
+        heat = self.locate(features, support, state, planes)
+        return self.instances(features, [p.detach() for p in planes], heat.detach(), state, asked.valid)
 
 
 def block_mask(n_image: int, known: Tensor, asked: Asked) -> Tensor:

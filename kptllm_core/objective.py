@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kptllm_core.decoder import Support
 from kptllm_core.episodes import Episode
+from kptllm_core.instances import instances_loss
 from kptllm_core.keypoints import Visibility
 from kptllm_core.language import Questions, write_questions
 from kptllm_core.lexicon import lexicon
@@ -22,6 +24,7 @@ SIGMA = 1.0  # of a heatmap's target, cells
 NEAR = 0.1  # a point is right if it lies within this share of the object's size
 PROMPTS = ("both", "visual", "text")
 PROMPT_SHARE = (0.4, 0.3, 0.3)
+RARE = (2.0, 1.0, 2.0)  # weights of occluded, visible and absent points: who is told that a point is absent need not look for it
 WRONG_SHOT = 0.15  # share of queries with three or more shots of which one shows something else
 
 Batch = dict[str, Tensor]
@@ -70,8 +73,25 @@ def collate(episodes: Sequence[Episode], tokenizer: PreTrainedTokenizerBase, rng
         "prompted": prompted, "length": length, "named": named, "canonical": np.array([r["canonical"] for r in rows]),
         "called": called_tokens, "called_length": called_length, "called_named": called_named,
         "clicked": (rng.random((len(rows), 1)) < 0.2) & (rng.random(lines) < 0.15),
+        **_scenes(episodes, views),
     }  # fmt: skip
     return {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
+
+
+def _scenes(episodes: Sequence[Episode], views: int) -> dict[str, np.ndarray]:
+    """Whole images in which the objects of an episode are to be found: as its first view's question, with its support.
+
+    scenes (N, 3, S, S) uint8; scene_boxes (N, M, 4); scene_count (N,) boxes that are real; scene_row (N,) the view's row.
+    """
+    found = [(n * views, e.scene) for n, e in enumerate(episodes) if e.scene is not None]
+    size = episodes[0].images.shape[1]
+    most = max((len(s.boxes) for _, s in found), default=0)
+    boxes = np.zeros((len(found), max(most, 1), 4), np.float32)
+    for i, (_, scene) in enumerate(found):
+        boxes[i, : len(scene.boxes)] = scene.boxes
+    images = np.array([s.image for _, s in found], np.uint8).reshape(-1, size, size, 3)
+    return {"scenes": images.transpose(0, 3, 1, 2), "scene_boxes": boxes, "scene_count": np.array([len(s.boxes) for _, s in found], np.int64),
+            "scene_row": np.array([row for row, _ in found], np.int64)}  # fmt: skip
 
 
 def _written(episode: Episode, prompt: str, renamed: bool, rng: np.random.Generator) -> list[str | None]:
@@ -109,7 +129,7 @@ def loss_of(model: KptLLM, batch: Batch, naming: int = 8) -> tuple[Tensor, dict[
     states, state = model.ask(features, support, support.token, asked)
     planes = model.correlate(features, support)
     heat = model.locate(features, support, state, planes)
-    answer = model.refine(heat, features, support, state, valid, fixed=batch["clicked"] & placed(visibility) & valid, fixed_xy=xy)
+    answer = model.refine(heat, planes, features, support, state, valid, fixed=batch["clicked"] & placed(visibility) & valid, fixed_xy=xy)
 
     findable = support.known | batch["named"]
     weight = (placed(visibility) & valid & findable).float() * torch.where(visibility == Visibility.OCCLUDED, 0.5, 1.0)
@@ -121,6 +141,7 @@ def loss_of(model: KptLLM, batch: Batch, naming: int = 8) -> tuple[Tensor, dict[
     classes = visibility - 1
     judged = valid & findable & (classes >= 0)
     identified = batch["named"] & batch["canonical"][:, None] & batch["prompted"] & support.known & valid
+    rare = torch.tensor(RARE, device=xy.device)
     parts = {
         "heat": (weight * cross_entropy(heat, target)).sum(),
         "match": match_loss(planes, xy, weight * support.known),
@@ -128,13 +149,14 @@ def loss_of(model: KptLLM, batch: Batch, naming: int = 8) -> tuple[Tensor, dict[
         "position": (free * (answer.xy - xy).abs().sum(-1)).sum(),
         "expected": (weight * ((answer.anchor - xy).norm(dim=-1) / answer.reach + 2 * answer.reach.log())).sum(),
         "words": words_loss(model, states, batch["tokens"], batch["length"], identified),
-        "visibility": F.cross_entropy(answer.visibility[judged], classes[judged]) if judged.any() else heat.sum() * 0,
+        "visibility": F.cross_entropy(answer.visibility[judged], classes[judged], rare) if judged.any() else heat.sum() * 0,
         "confidence": (weight * F.binary_cross_entropy_with_logits(answer.confidence, right, reduction="none")).sum(),
     }
     if naming:
         parts["naming"] = naming_loss(model, features, batch, naming)
+    parts["instances"] = scenes_loss(model, support, asked, batch) if len(batch["scenes"]) else heat.sum() * 0
     weights = {"heat": 0.5, "match": 0.15, "refined": 1.0, "position": 2.0, "expected": 0.1, "words": 0.25, "naming": 1.5, "visibility": 0.2,
-               "confidence": 0.3}  # fmt: skip
+               "confidence": 0.3, "instances": 0.5}  # fmt: skip
     total = torch.stack([weights[k] * v.float() for k, v in parts.items()]).sum()
     with torch.no_grad():
         scores = {k: float(v.detach()) for k, v in parts.items()}
@@ -155,6 +177,15 @@ def naming_loss(model: KptLLM, features: Features, batch: Batch, count: int) -> 
     asked = Asked(batch["called"][rows], shown, batch["called_length"][rows], batch["valid"][rows])
     states, _ = model.ask(some, empty, token, asked)
     return words_loss(model, states, batch["called"][rows], batch["called_length"][rows], shown & batch["called_named"][rows])
+
+
+def scenes_loss(model: KptLLM, support: Support, asked: Asked, batch: Batch) -> Tensor:
+    """The fourth task: where in a whole image are the objects that have these points?"""
+    row = batch["scene_row"]
+    some = Support(support.token[row], tuple(d[row] for d in support.descriptor), *(t[row] for t in support[2:]))  # type: ignore[arg-type]
+    features = model.encode(batch["scenes"])
+    found = model.detect(features, some, Asked(*(t[row] for t in asked)))
+    return instances_loss(found, batch["scene_boxes"], batch["scene_count"], *features.middle.shape[-2:])
 
 
 def match_loss(planes: list[Tensor], xy: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from kptllm_core.protocol import BOXES, PARTS
 from kptllm_core.published import PUBLISHED
 
 PROMPTS = ("visual", "text", "both")
-TASKS = ("detect", "name")
+TASKS = ("detect", "name", "instances")
 PROTOCOLS = ("episodes", *PUBLISHED)
 
 
@@ -31,7 +31,7 @@ class Options:
     rotate: bool = False  # turn each query by a random angle
     cut: bool = False  # cut a third of each query's object off: the points there are absent
     wrong: int = 0  # of the shots, those that are labelled wrongly
-    task: str = "detect"  # detect points, or name points that are given
+    task: str = "detect"  # detect points, name points that are given, or find all objects
     part: str = "all"  # of the groups: those that pretraining sees (train), or never sees (heldout)
     protocol: str = "episodes"  # ours, or that of a public data set
     baseline: str | None = None  # what answers instead of the model
@@ -76,6 +76,9 @@ class Options:
             raise InvalidInput(
                 "--task name uses of these parts only the extractor. Use --without extractor, or --task detect."
             )
+        if self.task == "instances" and (self.protocol != "episodes" or self.baseline or self.without or self.rotate or self.cut or self.wrong):
+            raise InvalidInput("--task instances looks at whole images as they are. Leave out --protocol, --baseline, --without, --rotate, "
+                               "--cut and --wrong.")  # fmt: skip
         if self.protocol != "episodes" and (self.cut or self.wrong):
             raise InvalidInput(f"--cut and --wrong belong to our own episodes; {self.protocol} knows neither. Leave them out.")
         if self.protocol != "episodes" and self.part != "all":
@@ -113,7 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "that is not there said to be absent?")  # fmt: skip
     add("--wrong", **number, default=default.wrong, help="of the shots, how many are labelled wrongly, each point at the place "
         "of another (default: %(default)s)")  # fmt: skip
-    add("--task", choices=TASKS, default=default.task, help="find points, or name given ones (default: %(default)s)")
+    add("--task", choices=TASKS, default=default.task, help="find the points of an object, name given ones, or "
+        "find all objects of whole images with their points (default: %(default)s)")  # fmt: skip
     add("--part", choices=PARTS, default=default.part, help="only groups that pretraining sees, or the tenth that it never "
         "sees: what naming is measured on (default: %(default)s)")  # fmt: skip
     add("--baseline", choices=BASELINES, help="let this answer instead of the model, on the same crops: plain correlation of the "

@@ -7,15 +7,18 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kptllm_core import finder
 from kptllm_core.adapters import AdapterSwitch
 from kptllm_core.checkpoint import Checkpoint, load_adapter, load_checkpoint
 from kptllm_core.decoder import Answer, Support, peak
 from kptllm_core.errors import InvalidInput
+from kptllm_core.finder import WINDOW, Found
 from kptllm_core.geometry import (
     Crop,
     box_of_points,
@@ -23,9 +26,9 @@ from kptllm_core.geometry import (
     clip_to_image,
     crop_of_box,
     crop_of_image,
-    similarity_crop,
 )
 from kptllm_core.imaging import warp
+from kptllm_core.instances import box_iou
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
 from kptllm_core.lexicon import lexicon
@@ -35,8 +38,8 @@ from kptllm_core.vision import Features
 PROMPTS = ("auto", "visual", "text", "both")
 MAX_SHOTS = 10
 BATCH = 8  # crops in one pass
-WINDOW = 2.4  # side of a search window, in sides of the support's objects
-MAX_WINDOWS = 25
+SAME_AS_GIVEN = 0.5  # overlap (IoU) with a drawn box from which on a found one is the same object
+MAX_WINDOWS = 25  # in which one object alone is looked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,14 @@ class Example:
     keypoints: KeypointSet
     key: str | None = None
     """The hash of the image where the caller knows it; saves hashing the pixels to find the example again."""
+
+
+class Instance(NamedTuple):
+    """One object of an image. keypoints: with its box. score: 0…1, how far the box is expected to overlap a true one; 1 if a
+    person drew it."""
+
+    keypoints: KeypointSet
+    score: float
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,51 @@ class Predictor:
                 sets += self._answer(images[part], crops[part], schema, tight, named, order, fixed[part])
         return [self._finish(*item, prepared) for item in zip(sets, found, images, strict=True)]
 
+    def predict_objects(self, images: Sequence[np.ndarray], schema: KeypointSchema, support: Sequence[Example] = (),
+                        boxes: Sequence[np.ndarray | None] | None = None, prompt: str = "auto",
+                        find: bool = True) -> list[list[Instance]]:  # fmt: skip
+        """The points of every object in each image, any number of them, also none: those that were given a box first.
+
+        boxes: (N, 4) x, y, w, h in pixels for each image, as people drew them: used as they are. find: look for the others, too.
+        The rest is as in `predict`.
+        """
+        given = [np.zeros((0, 4)) if b is None else np.asarray(b, np.float64).reshape(-1, 4) for b in boxes or [None] * len(images)]
+        answers: list[list[Instance]] = []
+        for image, own in zip(images, given, strict=True):
+            found = self.find_objects(image, schema, support, prompt) if find else Found(np.zeros((0, 4)), np.zeros(0))
+            new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)
+            every = np.concatenate([own, found.boxes[new]])
+            scores = [1.0] * len(own) + found.score[new].tolist()
+            sets = self.predict([image] * len(every), schema, support, list(every), prompt) if len(every) else []
+            answers.append([Instance(s, v) for s, v in zip(sets, scores, strict=True)])
+        return answers
+
+    def find_objects(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example] = (), prompt: str = "auto") -> Found:
+        """Boxes of all objects of one image, the surest first."""
+        if support and prompt != "text":
+            with torch.inference_mode():
+                prepared = self._prepare(schema, support)
+            tight, share = prepared.tight, prepared.share
+        else:
+            tight, share = None, None
+        named = prompt != "visual"
+
+        def detect(crops: Sequence[Crop]) -> tuple[np.ndarray, np.ndarray]:
+            boxes, scores = [], []
+            with torch.inference_mode():
+                for start in range(0, len(crops), BATCH):
+                    part = crops[start : start + BATCH]
+                    features = self.model.encode(self._pixels([image] * len(part), part))
+                    whole = tight.repeat(len(part)) if tight is not None else self.model.no_support(len(part), len(schema), self.device)
+                    words = [lexicon().canonical(n) for n in schema.names] if named else [None] * len(schema)
+                    asked = self._asked(write_questions(self.tokenizer, words, [tight is not None] * len(schema)), len(part))
+                    found = self.model.detect(features, whole, asked._replace(prompted=asked.prompted & whole.known))
+                    boxes.append(found.boxes.cpu().numpy())
+                    scores.append(found.score.sigmoid().cpu().numpy())
+            return np.concatenate(boxes), np.concatenate(scores)
+
+        return finder.find(detect, image.shape[1], image.shape[0], share, self.size)
+
     def name_points(self, image: np.ndarray, xy: np.ndarray, box: np.ndarray | None = None,
                     candidates: Sequence[str] | None = None) -> list[tuple[str, float]]:  # fmt: skip
         """The third task: what are the points at xy (K, 2), in pixels, called?
@@ -190,7 +246,7 @@ class Predictor:
         crops = [crop_of_image(width, height, self.size)]
         sets = self._answer([image], crops, schema, support, named)
         if prepared is not None and prepared.share * WINDOW < 0.9:
-            crops = _windows(width, height, prepared.share * max(width, height) * WINDOW, self.size)
+            crops = finder.windows(width, height, prepared.share * max(width, height) * WINDOW, self.size, MAX_WINDOWS)
             for start in range(0, len(crops), BATCH):
                 part = crops[start : start + BATCH]
                 sets += self._answer([image] * len(part), part, schema, prepared.tight, named)
@@ -217,10 +273,11 @@ class Predictor:
         asked = self._asked(questions, batch)
         asked = asked._replace(prompted=asked.prompted & part.known)
         _, state = model.ask(features, whole, part.token, asked)
-        heat = model.locate(features, part, state)
+        planes = model.correlate(features, part)
+        heat = model.locate(features, part, state, planes)
         if order is not None and len(order) < len(schema):
             return [self._plain(names, heat[i], crops[i]) for i in range(batch)]
-        answer = model.refine(heat, features, part, state, asked.valid, **self._clicks(fixed, crops, names))
+        answer = model.refine(heat, planes, features, part, state, asked.valid, **self._clicks(fixed, crops, names))
         return [self._set(names, answer, i, crops[i]) for i in range(batch)]
 
     def _clicks(self, fixed: Sequence[KeypointSet | None] | None, crops: Sequence[Crop], names: list[str]) -> dict[str, Tensor]:
@@ -333,15 +390,3 @@ def _with_margin(xy: np.ndarray, margin: np.ndarray, least: float) -> np.ndarray
 def _trust(points: KeypointSet) -> float:
     """Mean score over all points; those that are said to be absent count 0."""
     return float((points.score * points.placed).mean())
-
-
-def _windows(width: int, height: int, side: float, size: int) -> list[Crop]:
-    """Overlapping square windows over an image, at most `MAX_WINDOWS`."""
-    while True:
-        columns, rows = (max(int(np.ceil((extent - side) / (side * 0.5))) + 1, 1) for extent in (width, height))
-        if columns * rows <= MAX_WINDOWS:
-            break
-        side *= 1.2
-    xs = np.linspace(min(side, width) / 2, width - min(side, width) / 2, columns)
-    ys = np.linspace(min(side, height) / 2, height - min(side, height) / 2, rows)
-    return [similarity_crop(np.array([x, y]), side, size) for y in ys for x in xs]

@@ -18,8 +18,8 @@ import numpy as np
 from kptllm_core.dataset import Sample, held_out, load_coco
 from kptllm_core.errors import DataError
 from kptllm_core.geometry import box_of_points, similarity_crop
-from kptllm_core.imaging import warp
-from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
+from kptllm_core.imaging import cut_image, warp
+from kptllm_core.keypoints import KeypointSchema, KeypointSet
 
 BOXES = ("given", "jittered", "found")
 PARTS = ("all", "train", "heldout")
@@ -227,26 +227,9 @@ def turn(image: np.ndarray, truth: KeypointSet, degrees: float) -> tuple[np.ndar
 
 
 def cut_off(image: np.ndarray, truth: KeypointSet, jitter: tuple[float, float, float]) -> tuple[np.ndarray, KeypointSet]:
-    """The image without what lies beyond a line through the object, as at the border of a photograph, and what is left.
-
-    A third of the object (`CUT`) goes; the side is drawn with the query. Points there are absent, the box is what remains of it.
-    """
-    x, y, width, height = true_box(truth)
+    """The image without a third of the object (`CUT`), as at the border of a photograph; the side is drawn with the query."""
     across = abs(jitter[0]) >= abs(jitter[1])
-    start, side, before = (x, width, jitter[0] < 0) if across else (y, height, jitter[1] < 0)
-    line = int(np.clip(round(start + side * (CUT if before else 1 - CUT)), 1, image.shape[1 if across else 0] - 1))
-    rows_or_columns = slice(line, None) if before else slice(0, line)
-    axis = 0 if across else 1
-    left = np.array([x, y, x + width, y + height])
-    left[axis], left[axis + 2] = (line, start + side) if before else (start, line)
-    gone = truth.xy[:, axis] < line if before else truth.xy[:, axis] >= line
-    shift = np.zeros(2)
-    shift[axis] = line if before else 0
-    box = np.array([*(left[:2] - shift), *np.maximum(left[2:] - left[:2], 1.0)])
-    visibility = np.where(gone & truth.placed, Visibility.ABSENT, truth.visibility)
-    image = image[:, rows_or_columns] if across else image[rows_or_columns]
-    return np.ascontiguousarray(image), KeypointSet(truth.names, truth.xy - shift, visibility, truth.score, box)
-
+    return cut_image(image, replace(truth, box=true_box(truth)), 0 if across else 1, jitter[0 if across else 1] < 0, CUT)
 
 def spoilt(truth: KeypointSet) -> KeypointSet:
     """The object as somebody labels it who is one point off everywhere: each placed point at the place of the next one."""

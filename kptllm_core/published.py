@@ -277,7 +277,7 @@ def ap10k_figures(
     for name, by_image in images.items():
         graded = [_graded(group, sigma) for group in by_image.values()]
         distances = [p.model.distance for group in by_image.values() for p in group]
-        species[name] = {"AP": metrics.oks_ap(graded), "AP50": metrics.average_precision(graded, 0.5),
+        species[name] = {"AP": metrics.mean_ap(graded), "AP50": metrics.average_precision(graded, 0.5),
                          "AP75": metrics.average_precision(graded, 0.75), "PCK@0.1": metrics.mean_pck(distances, 0.1)}  # fmt: skip
     keys = ("AP", "AP50", "AP75", "PCK@0.1")
     return {k: float(np.mean([s[k] for s in species.values() if s[k] is not None])) for k in keys}, species

@@ -177,6 +177,8 @@ def table(report: dict[str, Any]) -> str:
     rows = [*report["per_category"].items()]
     if len(rows) > 1 or not rows:
         rows.append(("all", report))
+    if "box_ap" in report:
+        return _instances_table(rows)
     naming_task = "naming_accuracy" in report
     head = ["pairs", *(f"PCK@{t}" for t in metrics.THRESHOLDS), "95% @0.1", "copy@0.1", "skill", "NME", "AUC", "calib."]
     head += ["AP"] if "AP" in report.get("published", {}) else []
@@ -190,6 +192,13 @@ def table(report: dict[str, Any]) -> str:
         for i in range(len(rows) + 1)
     ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _instances_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    keys = ("box_ap50", "box_ap", "recall50", "oks_ap")
+    width = max(len(name) for name, _ in rows)
+    head = " " * width + "".join(f"{k:>11}" for k in keys)
+    return "\n".join([head, *(name.ljust(width) + "".join(f"{_number(row[k]):>11}" for k in keys) for name, row in rows)])
 
 
 def _detection_cells(row: dict[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,14 @@ class Recipe:
     """Processes that prepare batches; 0 prepares them in this one."""
     wide: float = 0.0
     """Share of batches with twice the views in half the episodes: many shots."""
+    scenes: float = 1.0
+    """Share of episodes that also ask for the boxes of all objects in a whole image."""
     renaming: float = 0.0
     """Share of episodes whose names are written in another style of the lexicon."""
 
 
 PRETRAIN = Recipe(wide=0.25, naming=12, renaming=0.4)
-ADAPT = Recipe(seconds=150, episodes=2, max_points=24, rate=3e-3, full_rate=0.3, decay=0.01, warmup=20, average=0.98, naming=0)
+ADAPT = Recipe(seconds=150, episodes=2, max_points=24, rate=3e-3, full_rate=0.3, decay=0.01, warmup=20, average=0.98, naming=0, scenes=0.5)
 
 
 class Batches(IterableDataset):
@@ -106,6 +108,7 @@ class Batches(IterableDataset):
             more = 2 if self.episodes > 1 and rng.random() < self.recipe.wide else 1
             picked = rng.choice(len(self.sources), self.episodes // more, p=shares / shares.sum())
             episodes = [self.sources[i][0].episode(rng, self.recipe.views * more, self.size) for i in picked]
+            episodes = [e if rng.random() < self.recipe.scenes else replace(e, scene=None) for e in episodes]
             yield collate(episodes, self.tokenizer, rng, renaming=self.recipe.renaming)
 
 
@@ -122,11 +125,7 @@ class Loop:
         self.about = about or {}
         self.parts = min(torch.get_num_threads(), MAX_PARTS, recipe.episodes) if device.type == "cpu" else 1
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        groups: list[dict[str, Any]] = []
-        for name, parameter in self.named.items():
-            factor = recipe.full_rate if any("lora_" in n for n in self.named) and "lora_" not in name else 1.0
-            groups.append({"params": [parameter], "weight_decay": recipe.decay if parameter.ndim > 1 else 0.0, "factor": factor})
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.rate, betas=(0.9, 0.98))
+        self.optimizer = _optimizer(self.named, recipe)
         self.average = {n: p.detach().clone() for n, p in self.named.items()}
         self.step, self.spent, self.curve = 0, 0.0, list[dict[str, float]]()
 
@@ -244,6 +243,16 @@ class Loop:
         return True
 
 
+def _optimizer(named: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW in few groups, each with the `factor` on the rate."""
+    adapting = any("lora_" in n for n in named)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        factor = recipe.full_rate if adapting and "lora_" not in name else 1.0
+        groups.setdefault((factor, recipe.decay if parameter.ndim > 1 else 0.0), []).append(parameter)
+    return torch.optim.AdamW([{"params": v, "factor": f, "weight_decay": d} for (f, d), v in groups.items()], lr=recipe.rate, betas=(0.9, 0.98))
+
+
 def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe, resume: bool = False,
              rendered: float = 0.4, self_pairs: float = 0.2, progress: Progress | None = None,
              should_stop: Callable[[], bool] | None = None, start: Path | None = None,
@@ -322,7 +331,7 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     about = {"model": found.base, "adapter": True, "parent": parent.name if parent else None, "data": data_hash(data)}
     loop = Loop(model, recipe, _state_file(out), device, about)
     resumed = loop.resume() if resume else False
-    shape = Augmentation(upright=0.7, anyway=0.05, loose=0.35, colour=0.7)
+    shape = Augmentation(upright=0.7, anyway=0.05, loose=0.35, colour=0.7, cut=0.1, covered=0.15)
     sources: list[tuple[Source, float]] = [(Labelled(samples, shape, recipe.max_points), 1.0)]
     batches = _stream(sources, found.tokenizer, recipe, model.config.image_size, loop.step, loop.parts)
     if not loop.run(batches, progress, should_stop):

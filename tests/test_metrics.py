@@ -123,9 +123,9 @@ def test_each_object_is_taken_once_and_its_best_first() -> None:
     assert metrics.average_precision([many], 0.5) == 0.0  # only the first twenty count
 
 
-def test_oks_ap_is_the_mean_over_ten_thresholds() -> None:
+def test_mean_ap_is_the_mean_over_ten_thresholds() -> None:
     assert metrics.OKS_THRESHOLDS[0] == 0.5 and metrics.OKS_THRESHOLDS[-1] == 0.95 and len(metrics.OKS_THRESHOLDS) == 10
-    assert metrics.oks_ap([image([0.9], [0.72])]) == pytest.approx(0.5)  # right from .50 to .70
-    assert metrics.oks_ap([image([1.0], [1.0])]) == 1.0
-    assert metrics.oks_ap([]) is None
-    assert metrics.oks_ap([(np.zeros(0), np.zeros((0, 2)))]) == 0.0  # two objects, nothing predicted
+    assert metrics.mean_ap([image([0.9], [0.72])]) == pytest.approx(0.5)  # right from .50 to .70
+    assert metrics.mean_ap([image([1.0], [1.0])]) == 1.0
+    assert metrics.mean_ap([]) is None
+    assert metrics.mean_ap([(np.zeros(0), np.zeros((0, 2)))]) == 0.0  # two objects, nothing predicted

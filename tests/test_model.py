@@ -187,7 +187,7 @@ def test_backbones_of_transformers_load_from_their_own_format(tmp_path: Path) ->
         features = model.encode(torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8))
         xy = torch.rand(2, 1, 5, 2)
         support = model.support([features], xy, torch.ones(2, 1, 5, dtype=torch.bool))
-        heat = model.locate(features, support, torch.zeros(2, 5, model.dim))
+        heat = model.locate(features, support, torch.zeros(2, 5, model.dim), model.correlate(features, support))
     assert [tuple(f.shape[-2:]) for f in features] == [(16, 16), (8, 8), (4, 4)]
     # Before any training, correlation alone finds each point in its own image.
     assert (peak(heat) - xy[:, 0]).norm(dim=-1).median() < 0.15

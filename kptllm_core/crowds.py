@@ -1,0 +1,90 @@
+"""How well are objects found in whole images? The `--task instances` of `evaluate`: boxes, and the points that come with them.
+
+Each image is asked once for all its objects of a category, with support objects of other images (and other groups, where there are
+enough). What the annotations do not hold counts as wrong: sets in which only some objects are labelled flatter nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kptllm_core import metrics
+from kptllm_core.dataset import Sample
+from kptllm_core.errors import DataError
+from kptllm_core.instances import MOST, box_iou
+from kptllm_core.keypoints import KeypointSet
+from kptllm_core.predictor import Instance
+
+SIGMA = 0.05  # of every point in OKS: categories that nobody measured the annotators' spread on
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One image of a category: its objects with boxes and points, and what was found in it."""
+
+    category: str
+    truth: Sequence[KeypointSet]
+    found: Sequence[Instance]
+
+
+def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
+    """{"box_ap50", "box_ap", "recall50", "oks_ap", "images", "objects", "found_in_empty"}; None where there is no true object."""
+    boxes, points, hit, total, empty = [], [], 0, 0, []
+    for scene in scenes:
+        scores = np.array([i.score for i in scene.found])
+        true = np.array([t.object_box() for t in scene.truth], np.float64).reshape(-1, 4)
+        mine = np.array([i.keypoints.box for i in scene.found], np.float64).reshape(-1, 4)
+        iou = box_iou(mine, true)
+        boxes.append((scores, iou))
+        points.append((scores, _oks(scene)))
+        total += len(true)
+        hit += int((iou.max(0, initial=0) >= 0.5).sum()) if len(mine) else 0
+        if not len(true):
+            empty.append(len(mine))
+    return {
+        "box_ap50": metrics.average_precision(boxes, 0.5, MOST),
+        "box_ap": metrics.mean_ap(boxes, MOST),
+        "recall50": hit / total if total else None,
+        "oks_ap": metrics.mean_ap(points, MOST),
+        "images": len(scenes),
+        "objects": total,
+        "found_in_empty": float(np.mean(empty)) if empty else None,
+    }
+
+
+def images_of(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """The objects of each image."""
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(str(sample.image_path), []).append(sample)
+    return list(found.values())
+
+
+def draw_support(pool: Sequence[Sample], asked: Sequence[Sequence[Sample]], shots: int, rng: np.random.Generator) -> list[Sample]:
+    """`shots` objects that stand in none of the asked images, of other groups where there are enough. DataError if there are too few."""
+    images = {s.image_path for samples in asked for s in samples}
+    groups = {s.group for samples in asked for s in samples}
+    others = [s for s in pool if s.image_path not in images]
+    apart = [s for s in others if s.group not in groups]
+    free = apart if len(apart) >= shots else others
+    if len(free) < shots:
+        raise DataError(f"{len(free)} objects are left to show beside the images that are asked; {shots} are needed. Lower --shots, --queries "
+                        "or add labelled images.")  # fmt: skip
+    return [free[i] for i in rng.choice(len(free), shots, replace=False)]
+
+
+def _oks(scene: Scene) -> np.ndarray:
+    """(found, true) similarity of the points."""
+    similarity = np.zeros((len(scene.found), len(scene.truth)))
+    for column, truth in enumerate(scene.truth):
+        box = truth.object_box()
+        area = float(box[2] * box[3]) if box is not None else 0.0
+        sigmas = np.full(len(truth), SIGMA)
+        for row, instance in enumerate(scene.found):
+            points = instance.keypoints.reorder(truth.names)
+            similarity[row, column] = metrics.oks(points.xy, truth.xy, truth.placed, area, sigmas)
+    return similarity

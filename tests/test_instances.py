@@ -1,0 +1,109 @@
+"""Boxes of objects: which cell answers for which object, what the loss wants, and windows over large images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from kptllm_core.errors import DataError
+from kptllm_core.finder import Found, find, windows
+from kptllm_core.geometry import Crop
+from kptllm_core.instances import Detected, assign, box_iou, distinct, instances_loss, overlap
+
+
+def test_cells_answer_for_the_object_whose_middle_they_are_in() -> None:
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.4, 0.4, 0.6, 0.6], [0.0, 0.0, 0.0, 0.0]]])
+    index = assign(boxes, torch.tensor([2]), 10, 10).view(10, 10)
+    assert index[0, 0] == -1 and index[3, 3] == 0 and index[4, 4] == 1 and index[5, 5] == 1  # the smaller one has it
+    assert (assign(boxes, torch.tensor([0]), 10, 10) == -1).all()
+    tiny = torch.tensor([[[0.51, 0.51, 0.53, 0.53]]])
+    assert assign(tiny, torch.tensor([1]), 10, 10).view(10, 10).nonzero().tolist() != []  # however small, one cell has it
+
+
+def test_the_loss_is_least_for_the_right_boxes_with_sure_scores() -> None:
+    true, count = torch.tensor([[[0.2, 0.2, 0.6, 0.7]]]), torch.tensor([1])
+    index = assign(true, count, 10, 10)
+
+    def answer(boxes: torch.Tensor, score: torch.Tensor) -> float:
+        return float(instances_loss(Detected(boxes, score), true, count, 10, 10))
+
+    right = true.expand(1, 100, 4)
+    sure = torch.where(index >= 0, 6.0, -6.0)
+    best = answer(right, sure)
+    assert best < 0.01 < min(answer(right + 0.1, sure), answer(right, -sure), answer(right, torch.zeros(1, 100)))
+    nothing = float(instances_loss(Detected(right, torch.full((1, 100), -6.0)), true, torch.tensor([0]), 10, 10))
+    assert nothing < 0.01
+
+
+def test_overlaps() -> None:
+    one = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]])
+    other = torch.tensor([[0.5, 0.0, 1.5, 1.0], [2.0, 0.0, 3.0, 1.0]])
+    same, wider = overlap(one, other)
+    torch.testing.assert_close(same, torch.tensor([1 / 3, 0.0]))
+    torch.testing.assert_close(wider, torch.tensor([1 / 3, -1 / 3]))
+    assert box_iou(np.array([[0, 0, 2, 2]]), np.array([[1, 0, 2, 2], [5, 5, 1, 1]])) == pytest.approx(np.array([[1 / 3, 0]]))
+    assert box_iou(np.zeros((0, 4)), np.zeros((3, 4))).shape == (0, 3)
+
+
+def test_one_box_for_each_object() -> None:
+    boxes = np.array([[0, 0, 10, 10], [1, 0, 10, 10], [30, 0, 10, 10], [0, 0, 10, 10]], float)
+    assert distinct(boxes, np.array([0.5, 0.9, 0.3, 0.4])).tolist() == [1, 2]
+    assert distinct(boxes, np.array([0.5, 0.9, 0.3, 0.4]), most=1).tolist() == [1]
+
+
+class Square:
+    """Detects dark squares: what a perfect head would say of a window."""
+
+    def __init__(self, objects: Sequence[Sequence[float]]) -> None:
+        self.objects, self.crops = np.array(objects, float).reshape(-1, 4), 0
+
+    def __call__(self, crops: Sequence[Crop]) -> tuple[np.ndarray, np.ndarray]:
+        self.crops += len(crops)
+        boxes, scores = [], []
+        for crop in crops:
+            corners = [crop.to_crop(np.array([[x, y], [x + w, y + h]])).ravel() / crop.size for x, y, w, h in self.objects]
+            seen = [max(c[2] - c[0], c[3] - c[1]) for c in corners]
+            boxes.append([np.clip(c, 0, 1) for c in corners])
+            inside = [c[2] > 0 and c[3] > 0 and c[0] < 1 and c[1] < 1 for c in corners]
+            scores.append([float(i) * (0.9 if s > 0.1 else 0.0) for i, s in zip(inside, seen, strict=True)])  # too small is not seen
+        count = len(self.objects)
+        return np.array(boxes).reshape(len(crops), count, 4), np.array(scores).reshape(len(crops), count)
+
+
+def test_small_objects_of_a_large_image_are_found_in_windows() -> None:
+    objects = [[100, 100, 40, 30], [700, 500, 40, 30], [880, 20, 40, 40], [118, 300, 30, 40]]
+    alone = find(Square(objects), 960, 640, None, 160)
+    assert len(alone.boxes) == 0
+    found = find(Square(objects), 960, 640, 40 / 960, 160)
+    assert sorted(map(tuple, found.boxes.round().tolist())) == sorted(map(tuple, objects)) and (found.score == 0.9).all()
+    assert isinstance(find(Square([]), 960, 640, 0.5, 160), Found)
+
+
+def test_the_number_of_windows_is_bounded() -> None:
+    assert len(windows(4000, 3000, 50.0, 160)) <= 64
+    eye = Square([[10, 10, 20, 20]])
+    find(eye, 20000, 15000, 0.001, 160)
+    assert eye.crops <= 65
+
+
+def test_support_for_scenes_comes_from_elsewhere() -> None:
+    from dataclasses import dataclass
+    from pathlib import Path
+
+    from kptllm_core.crowds import draw_support
+
+    @dataclass(frozen=True)
+    class Item:
+        image_path: Path
+        group: str
+
+    pool = [Item(Path(f"{i}.jpg"), f"video {i // 3}") for i in range(12)]
+    rng = np.random.default_rng(0)
+    chosen = draw_support(pool, [[pool[0]], [pool[3]]], 4, rng)  # type: ignore[arg-type, list-item]
+    assert len(set(chosen)) == 4 and all(c.group in ("video 2", "video 3") for c in chosen)
+    assert all(c.image_path.name != "0.jpg" for c in draw_support(pool, [[pool[0]]], 10, rng))  # type: ignore[arg-type, list-item]
+    with pytest.raises(DataError, match="11 objects are left"):
+        draw_support(pool, [[pool[0]]], 12, rng)  # type: ignore[arg-type, list-item]
