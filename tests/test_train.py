@@ -77,7 +77,7 @@ def test_all_sources_give_batches_that_a_loss_can_read(coco_folder: Path, tiny_m
     assert all(i // 3 == s // 3 and i != s for i, row in enumerate(batch["shots"].tolist()) for s in row)
     loss, parts = loss_of(loaded.model, batch, naming=2)
     assert torch.isfinite(loss)
-    assert set(parts) == {"heat", "match", "refined", "position", "expected", "words", "visibility", "confidence", "naming", "pck"}
+    assert set(parts) == {"heat", "match", "refined", "position", "expected", "words", "visibility", "confidence", "naming", "instances", "pck"}
 
 
 def test_the_target_sums_to_one_around_its_point() -> None:
