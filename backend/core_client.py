@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import requests
@@ -46,12 +46,32 @@ class Query:
 
 
 @dataclass(frozen=True)
+class AllObjects:
+    """All objects of an image to predict: those whose boxes (x, y, w, h, pixels) people drew, and with `find` the others, too."""
+
+    image: str
+    boxes: Sequence[Sequence[float]] = ()
+    find: bool = True
+
+
+class Instance(NamedTuple):
+    """One of all objects of an image. score: 0…1, how far its box is expected to overlap a true one; 1 if a person drew it."""
+
+    keypoints: KeypointSet
+    score: float
+
+
+Size = tuple[int, int]  # of an image: width, height
+
+
+@dataclass(frozen=True)
 class Answer:
-    """results: one per query, in order: the points with the image's (width, height), or why there are none."""
+    """results: one per query, in order: the points (of AllObjects: the instances, those with a given box first, in its order)
+    with the image's size, or why there are none."""
 
     base: str
     adapter: str | None
-    results: list[tuple[KeypointSet, tuple[int, int]] | KptError]
+    results: list[tuple[KeypointSet, Size] | tuple[list[Instance], Size] | KptError]
 
 
 def image_hash(data: bytes) -> str:
@@ -81,7 +101,7 @@ class CoreClient:
         self,
         schema: KeypointSchema,
         support: Sequence[tuple[str, KeypointSet]],
-        queries: Sequence[Query],
+        queries: Sequence[Query | AllObjects],
         load: Loader,
         adapter: str | None = None,
         prompt: str = "auto",
@@ -93,10 +113,7 @@ class CoreClient:
             "adapter": adapter,
             "prompt": prompt,
             "support": [{"image": image, "keypoints": points.to_json()} for image, points in support],
-            "queries": [
-                {"image": q.image, "box": None if q.box is None else [float(v) for v in q.box], "fixed": None}
-                for q in queries
-            ],
+            "queries": [_query(q) for q in queries],
         }
         images = [image for image, _ in support] + [q.image for q in queries]
         answer = self._with_images("/predict", body, images, load, self._deadline(seconds))
@@ -249,12 +266,15 @@ class CoreClient:
         kind = _BY_CODE.get(code) or _BY_STATUS.get(answer.status_code) or Unavailable
         return kind(message, **{k: v for k, v in said.items() if k != "message"})
 
-    def _result(self, result: Any) -> tuple[KeypointSet, tuple[int, int]] | KptError:
+    def _result(self, result: Any) -> tuple[KeypointSet, Size] | tuple[list[Instance], Size] | KptError:
         if isinstance(result, dict) and isinstance(result.get("error"), dict):
             said = result["error"]
             return _BY_CODE.get(str(said.get("code")), KptError)(str(said.get("message") or "the core gave no reason"))
         try:
             width, height = (int(v) for v in result["size"])
+            if "objects" in result:
+                found = [Instance(KeypointSet.from_json(o["keypoints"]), float(o["score"])) for o in result["objects"]]
+                return found, (width, height)
             return KeypointSet.from_json(result["keypoints"]), (width, height)
         except (KeyError, TypeError, ValueError, InvalidInput):
             return self._odd("/predict", result)
@@ -262,3 +282,10 @@ class CoreClient:
     def _odd(self, path: str, answer: Any) -> ArtifactError:
         return ArtifactError(f"The core at {self.url} answered {path} with something else than agreed: {str(answer)[:200]}. "
                              "Do the core and the backend have the same version?")  # fmt: skip
+
+
+def _query(query: Query | AllObjects) -> dict[str, Any]:
+    if isinstance(query, AllObjects):
+        boxes = [[float(v) for v in box] for box in query.boxes]
+        return {"image": query.image, "objects": {"boxes": boxes, "find": query.find}}
+    return {"image": query.image, "box": None if query.box is None else [float(v) for v in query.box], "fixed": None}

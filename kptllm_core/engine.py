@@ -1,7 +1,8 @@
 """The resident model and the one lock around its device. Between the HTTP face and the Predictor; knows neither HTTP nor tensors.
 
 A request waits for the device at most behind `max_waiting` others, and holds it for one batch of images at a time, so
-that large requests and small ones take turns. While one batch is on the device, the next one is decoded; never more, so
+that large requests and small ones take turns; an image whose objects are all asked for is such a batch by itself, and as long as
+its bounded number of windows and objects makes it (finder.MAX_WINDOWS, messages.MAX_BOXES, instances.MOST). While one batch is on the device, the next one is decoded; never more, so
 that many requests do not need much memory. An unusable query never fails the others.
 """
 
@@ -13,22 +14,23 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from kptllm_core.errors import ArtifactError, ImageError, InvalidInput, KptError, TooLarge, Unavailable
 from kptllm_core.imaging import read_image
 from kptllm_core.keypoints import KeypointSet
-from kptllm_core.messages import Labelled, NameRequest, PredictRequest, Query
+from kptllm_core.messages import Labelled, NameRequest, Objects, PredictRequest, Query
 from kptllm_core.store import AdapterStore, ImageStore
 
 if TYPE_CHECKING:  # loading it loads torch, which is for the thread that loads the model
-    from kptllm_core.predictor import Example, Predictor
+    from kptllm_core.predictor import Example, Instance, Predictor
 
 log = logging.getLogger(__name__)
 
 BATCH = 4  # images predicted under one hold of the lock
+T = TypeVar("T")
 
 
 class Gone(Exception):
@@ -74,7 +76,8 @@ class Engine:
         return self._inside
 
     def predict(self, request: PredictRequest, gone: Callable[[], bool] = lambda: False) -> list[dict[str, Any]]:
-        """One entry per query, in order: {"keypoints", "size": [w, h]} or {"error"}. Raises what spoils all of them."""
+        """One entry per query, in order: {"keypoints", "size": [w, h]}, {"objects": [{"keypoints", "score"}], "size"} where all
+        were asked for, or {"error"}. Raises what spoils all of them."""
         with self._place():
             results: list[dict[str, Any]] = []
             for start in range(0, len(request.queries), self.batch):
@@ -100,15 +103,26 @@ class Engine:
             try:
                 if not isinstance(query, Query):
                     raise query
-                ready.append((at, self._pixels.get(query.image), query))
+                image = self._pixels.get(query.image)
+                if query.objects is not None:
+                    query.objects.check_on(image.shape[1], image.shape[0])
+                ready.append((at, image, query))
             except (InvalidInput, TooLarge) as error:
                 results[at] = {"error": error.to_json()}
-        answers = self._predict(request, support, [image for _, image, _ in ready], [query for _, _, query in ready])
-        for (at, image, _), answer in zip(ready, answers, strict=True):
+        single = [r for r in ready if r[2].objects is None]
+        answers: list[tuple[int, np.ndarray, KeypointSet | list[Instance] | KptError]] = []
+        points = self._predict(request, support, [image for _, image, _ in single], [query for _, _, query in single])
+        answers += [(at, image, answer) for (at, image, _), answer in zip(single, points, strict=True)]
+        answers += [(at, image, self._predict_objects(request, support, image, q.objects)) for at, image, q in ready if q.objects is not None]
+        for at, image, answer in answers:
+            size = [image.shape[1], image.shape[0]]
             if isinstance(answer, KptError):
                 results[at] = {"error": answer.to_json()}
+            elif isinstance(answer, KeypointSet):
+                results[at] = {"keypoints": answer.to_json(), "size": size}
             else:
-                results[at] = {"keypoints": answer.to_json(), "size": [image.shape[1], image.shape[0]]}
+                found = [{"keypoints": o.keypoints.to_json(), "score": round(float(o.score), 4)} for o in answer]
+                results[at] = {"objects": found, "size": size}
         return results
 
     def _predict(self, request: PredictRequest, support: list[Example], images: list[np.ndarray],
@@ -116,22 +130,33 @@ class Engine:
         """The whole batch at once; where that fails, each image alone, so that only the guilty one has an error."""
         if not images:
             return []
+        answers = self._on_device(request, len(images), lambda: list(self.predictor.predict(
+            images, request.schema, support=support, boxes=[q.box for q in queries], prompt=request.prompt,
+            fixed=[q.fixed for q in queries])))  # fmt: skip
+        if not isinstance(answers, KptError):
+            return list(answers)
+        if len(images) == 1:
+            return [answers]
+        log.warning("A batch of %d images failed (%s); each is tried alone.", len(images), answers.message)
+        return [answer for i in range(len(images)) for answer in self._predict(request, support, images[i : i + 1], queries[i : i + 1])]
+
+    def _predict_objects(self, request: PredictRequest, support: list[Example], image: np.ndarray, asked: Objects) -> list[Instance] | KptError:
+        return self._on_device(request, 1, lambda: self.predictor.predict_objects(
+            [image], request.schema, support=support, boxes=[asked.boxes], prompt=request.prompt, find=asked.find)[0])  # fmt: skip
+
+    def _on_device(self, request: PredictRequest, images: int, predict: Callable[[], T]) -> T | KptError:
+        """What `predict` returns with the device to itself, or why its images have no answer. Raises ArtifactError: no image is to blame."""
         try:
             with self._device, _memory_errors():
                 self._activate(request.adapter)
-                return list(self.predictor.predict(images, request.schema, support=support, boxes=[q.box for q in queries], prompt=request.prompt,
-                                                   fixed=[q.fixed for q in queries]))  # fmt: skip
+                return predict()
         except ArtifactError:
-            raise  # no image is to blame
+            raise
         except KptError as error:
-            if len(images) == 1:
-                return [error]
-            log.warning("A batch of %d images failed (%s); each is tried alone.", len(images), error.message)
+            return error
         except Exception:
-            log.exception("Predicting %d image(s) failed.", len(images))
-            if len(images) == 1:
-                return [KptError("The model failed on this image. The core's log says more.", code="internal")]
-        return [answer for i in range(len(images)) for answer in self._predict(request, support, images[i : i + 1], queries[i : i + 1])]
+            log.exception("Predicting %d image(s) failed.", images)
+            return KptError("The model failed on this image. The core's log says more.", code="internal")
 
     def _activate(self, name: str | None) -> None:
         """Switches the Predictor to an adapter, or to the bare base. The caller holds the device."""

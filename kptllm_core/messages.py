@@ -20,6 +20,7 @@ MAX_SUPPORT = 10
 MAX_SAMPLES = 20_000
 MAX_CANDIDATES = 1000
 MAX_NAME = 500
+MAX_BOXES = 500  # that people drew in one image: all are answered, or all are refused
 PROMPTS = ("auto", "visual", "text", "both")
 
 T = TypeVar("T")
@@ -39,13 +40,29 @@ class Labelled:
 
 
 @dataclass(frozen=True, eq=False)
+class Objects:
+    """All objects of an image. `boxes`: (N, 4) x, y, w, h in pixels of those that people drew; `find`: look for the others, too."""
+
+    boxes: np.ndarray
+    find: bool
+
+    def check_on(self, width: int, height: int) -> None:
+        """InvalidInput if a box has nothing in common with its image."""
+        for i, (x, y, w, h) in enumerate(self.boxes.tolist()):
+            if not (x < width and y < height and x + w > 0 and y + h > 0):
+                raise InvalidInput(f"objects.boxes[{i}] is {[x, y, w, h]}, which lies outside the image of {width} × {height} pixels. "
+                                   "Expected x, y, width, height in pixels of the oriented image.")  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
 class Query:
     """`box`: (4,) x, y, w, h in pixels of the oriented image, or None: find the object. `fixed`: points that are given
-    (a person's click) and that the others must agree with."""
+    (a person's click) and that the others must agree with. `objects`: asked for all objects of the image instead of for one."""
 
     image: str
-    box: np.ndarray | None
+    box: np.ndarray | None = None
     fixed: KeypointSet | None = None
+    objects: Objects | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,11 +235,35 @@ def _points(value: Any, at: str, schema: KeypointSchema) -> KeypointSet:
 
 def _query(item: Any, at: str, schema: KeypointSchema) -> Query | InvalidInput | TooLarge:
     try:
-        data = _object(item, at, ("image",), ("box", "fixed"))
+        data = _object(item, at, ("image",), ("box", "fixed", "objects"))
+        image = check_sha(data["image"])
+        if data.get("objects") is not None:
+            if data.get("box") is not None or data.get("fixed") is not None:
+                raise InvalidInput(f"{at} asks for all objects and has a box or fixed points, which belong to one. Give boxes in objects.boxes.")
+            return Query(image, objects=_objects(data["objects"], f"{at}.objects"))
         fixed = None if data.get("fixed") is None else _points(data["fixed"], f"{at}.fixed", schema)
-        return Query(check_sha(data["image"]), _box(data.get("box"), f"{at}.box"), fixed)
+        return Query(image, _box(data.get("box"), f"{at}.box"), fixed)
     except (InvalidInput, TooLarge) as error:
         return error
+
+
+def _objects(value: Any, at: str) -> Objects:
+    data = _object(value, at, (), ("boxes", "find"))
+    boxes = data.get("boxes", [])
+    if isinstance(boxes, list) and len(boxes) > MAX_BOXES:
+        raise TooLarge(f"{at}.boxes has {len(boxes)} boxes; at most {MAX_BOXES} objects of one image can be given. Cut the image into parts.")
+    found = _each(boxes, f"{at}.boxes", MAX_BOXES, _given_box)
+    find = data.get("find", True)
+    if not isinstance(find, bool):
+        raise InvalidInput(f"{at}.find is true (look for objects that have no box yet) or false; found {_short(find)}.")
+    return Objects(np.array(found, np.float64).reshape(-1, 4), find)
+
+
+def _given_box(value: Any, at: str) -> np.ndarray:
+    box = _box(value, at)
+    if box is None:
+        raise InvalidInput(f"{at} is null; expected [x, y, width, height] in pixels.")
+    return box
 
 
 def _box(value: Any, at: str) -> np.ndarray | None:

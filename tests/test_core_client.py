@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backend.core_client import CoreClient, Query, image_hash
+from backend.core_client import AllObjects, CoreClient, Query, image_hash
 from backend_world import World, picture, world
 from kptllm_core.errors import ArtifactError, ImageError, InvalidInput, KptError, NotFound, Unauthorized, Unavailable
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
@@ -38,6 +38,16 @@ def test_predictions_come_back_in_order_with_their_size(client: CoreClient) -> N
     assert [r[1] for r in answer.results if not isinstance(r, KptError)] == [(64, 48)] * 3
     first, second = (r[0].xy[0, 0] for r in answer.results[:2] if not isinstance(r, KptError))
     assert first < second
+
+
+def test_one_object_and_all_objects_in_one_request(client: CoreClient) -> None:
+    asked = [Query(SHAS[0]), AllObjects(SHAS[1], [[1, 2, 30, 40]]), AllObjects(SHAS[2], find=False)]
+    one, several, none = client.predict(SCHEMA, [], asked, IMAGES.__getitem__).results
+    assert not isinstance(one, KptError) and isinstance(one[0], KeypointSet)
+    assert not isinstance(several, KptError) and isinstance(several[0], list)
+    assert [o.score for o in several[0]] == [1.0, 0.8, 0.4]
+    assert several[0][0].keypoints.box is not None and several[0][0].keypoints.box.tolist() == [1, 2, 30, 40]
+    assert none == ([], (64, 48))
 
 
 def test_an_image_is_sent_once(here: World, client: CoreClient) -> None:

@@ -24,6 +24,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from kptllm_core import routes
+from kptllm_core.messages import MAX_BOXES
 from kptllm_core.routes import Core, create_app
 from tests.core_process import TimedPredictor, core_on
 
@@ -132,6 +133,84 @@ def test_one_result_per_query_and_errors_stay_with_theirs(client: FlaskClient) -
     assert third["keypoints"]["xy"] == [[20, 20], [21, 21]]
     assert fourth["error"]["code"] == "invalid_input" and "queries[3].box" in fourth["error"]["message"]
     assert client.post("/predict", json={"schema": SCHEMA, "queries": []}).get_json()["results"] == []
+
+
+def ask_objects(client: FlaskClient, data: bytes, objects: Any, **more: Any) -> dict[str, Any]:
+    queries = [{"image": sha(data), "objects": objects, **more}]
+    answer = client.post("/predict", json={"schema": SCHEMA, "prompt": "text", "queries": queries})
+    conforms(answer.get_json(), "PredictResponse")
+    return dict(answer.get_json()["results"][0])
+
+
+def test_all_objects_of_an_image_given_ones_first(client: FlaskClient, predictor: TimedPredictor) -> None:
+    data = picture(10)
+    upload(client, data)
+    found = ask_objects(client, data, {"boxes": [[1, 1, 4, 4], [-2, -2, 3, 3]]})
+    assert [(o["score"], o["keypoints"]["box"]) for o in found["objects"]] == [
+        (1.0, [1, 1, 4, 4]), (1.0, [-2, -2, 3, 3]), (0.8, [0, 0, 4, 6]), (0.4, [4, 0, 4, 6])]  # fmt: skip
+    assert found["size"] == [8, 6]
+    assert len(ask_objects(client, data, {})["objects"]) == 2
+    assert len(ask_objects(client, data, {"boxes": [[1, 1, 4, 4]], "find": False})["objects"]) == 1
+    assert ask_objects(client, data, None)["keypoints"]["xy"] == [[10, 10], [11, 11]]  # one object, as without the key
+
+
+def test_an_image_with_no_object_is_answered_with_none(client: FlaskClient) -> None:
+    black = picture(0)
+    upload(client, black)
+    assert ask_objects(client, black, {}) == {"objects": [], "size": [8, 6]}
+    assert ask_objects(client, black, {"find": False}) == {"objects": [], "size": [8, 6]}
+
+
+def test_five_hundred_objects_are_answered_and_no_more(client: FlaskClient) -> None:
+    data = picture(0)
+    upload(client, data)
+    boxes = [[i % 7, i % 5, 1, 1] for i in range(MAX_BOXES)]
+    assert len(ask_objects(client, data, {"boxes": boxes})["objects"]) == MAX_BOXES == 500
+    refused = ask_objects(client, data, {"boxes": [*boxes, [1, 1, 1, 1]]})["error"]
+    assert refused["code"] == "too_large" and "501 boxes; at most 500" in refused["message"]
+
+
+BAD_OBJECTS: dict[str, tuple[Any, str]] = {
+    "no area": ({"boxes": [[1, 1, 2, 2], [1, 1, 0, 3]]}, "objects.boxes[1] is [x, y, width, height] in pixels with a positive size"),
+    "negative": ({"boxes": [[1, 1, -3, 3]]}, "positive size"),
+    "outside": ({"boxes": [[1, 1, 2, 2], [8, 0, 5, 5]]}, "objects.boxes[1] is [8.0, 0.0, 5.0, 5.0], which lies outside the image of 8 × 6 pixels"),
+    "far outside": ({"boxes": [[-9, -9, 5, 5]]}, "outside the image"),
+    "not finite": ({"boxes": [[1, 1, 1e39, 2]]}, "finite"),
+    "rotated": ({"boxes": [[1, 1, 2, 2, 45]]}, "list of 4 numbers"),
+    "null": ({"boxes": [None]}, "objects.boxes[0] is null"),
+    "no list": ({"boxes": 5}, "boxes is a list"),
+    "find is a word": ({"find": "yes"}, "find is true"),
+    "unknown key": ({"box": [1, 1, 2, 2]}, "unknown: ['box']"),
+    "no object": ([], "is a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OBJECTS)
+def test_objects_that_cannot_be_asked_for_are_told_in_words(client: FlaskClient, name: str) -> None:
+    data = picture(10)
+    upload(client, data)
+    objects, said = BAD_OBJECTS[name]
+    error = ask_objects(client, data, objects)["error"]
+    assert error["code"] == "invalid_input" and said in error["message"]
+
+
+def test_all_objects_or_one_but_not_both(client: FlaskClient) -> None:
+    data = picture(10)
+    upload(client, data)
+    assert "belong to one" in ask_objects(client, data, {}, box=[1, 1, 2, 2])["error"]["message"]
+
+
+def test_an_image_on_which_finding_fails_spoils_no_other(client: FlaskClient, predictor: TimedPredictor) -> None:
+    def dislikes(images: list[np.ndarray]) -> None:
+        if any(image.mean() == 66 for image in images):
+            raise RuntimeError("no")
+
+    predictor.trouble = dislikes
+    bad, good = picture(66), picture(20)
+    upload(client, bad, good)
+    queries: list[dict[str, Any]] = [{"image": sha(bad), "objects": {}}, {"image": sha(good), "objects": {}}, {"image": sha(good)}]
+    results = client.post("/predict", json={"schema": SCHEMA, "prompt": "text", "queries": queries}).get_json()["results"]
+    assert results[0]["error"]["code"] == "internal" and len(results[1]["objects"]) == 2 and "keypoints" in results[2]
 
 
 def test_missing_images_are_named_once_and_then_it_works(client: FlaskClient, tmp_path: Path) -> None:
