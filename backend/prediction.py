@@ -17,7 +17,7 @@ import numpy as np
 
 from backend import split
 from backend.anchoring import is_unaided
-from backend.core_client import Query, image_hash
+from backend.core_client import AllObjects, Instance, Query, image_hash
 from backend.intake import control_key
 from backend.lookalikes import look_of
 from backend.ranking import Ranker
@@ -34,6 +34,7 @@ from label_config.schema import KeypointControl, LabelConfig
 
 log = logging.getLogger(__name__)
 CHUNK = 8  # tasks per request to the core
+FINDING = 2  # … where all objects are looked for, which takes many passes for each image
 FETCHERS = 4  # images fetched at a time
 Json = dict[str, Any]
 Fetched = tuple[bytes, str | None]  # an image, and what it looks like
@@ -54,16 +55,33 @@ class _Item:
     sha: str = ""
     boxes: list[DrawnBox] = field(default_factory=list)
     objects: list[KeypointSet] = field(default_factory=list)
+    scores: list[float | None] = field(default_factory=list)  # of the objects, that they are there; None: their points tell
     size: tuple[int, int] = (1, 1)
+    answered: bool = False  # by the core, if only that there is no object
     error: KptError | None = None
 
-    def queries(self) -> list[Query]:
-        """One per box; the whole image where nobody drew one. None where the config wants boxes of a person."""
-        if self.boxes:
-            return [Query(self.sha, [float(v) for v in b.box]) for b in self.boxes]
-        if self.control.box is not None and not self.control.find_objects:
-            return []
-        return [Query(self.sha)]
+    def queries(self, drawn: bool) -> list[Query | AllObjects]:
+        """All objects where the config has a box for each to be told apart by, else one; while a person draws, those drawn.
+
+        None where the config wants boxes of a person, and nobody drew one.
+        """
+        boxes = [[float(v) for v in b.box] for b in self.boxes]
+        if self.control.finds_all and not drawn:
+            return [AllObjects(self.sha, boxes)]
+        if boxes:
+            return [Query(self.sha, box) for box in boxes]
+        return [Query(self.sha)] if self.control.box is None or self.control.find_objects else []
+
+    def add(self, found: KeypointSet | list[Instance]) -> None:
+        """What the core answered to one of the queries. What it is less sure of than the config asks for was not found."""
+        self.answered = True
+        if isinstance(found, KeypointSet):
+            self.objects.append(found)
+            self.scores.append(1.0 if self.boxes else None)
+        else:
+            sure = [o for o in found if o.score >= self.control.score_threshold]
+            self.objects += [o.keypoints for o in sure]
+            self.scores += [o.score for o in sure]
 
 
 class Prediction:
@@ -88,6 +106,7 @@ class Prediction:
         self.tasks, self.deadline, self.given = tasks, deadline, boxes
         drawn = context.get("result") if isinstance(context, dict) else None
         self.drawn: list[Json] = [_click(r) for r in drawn if isinstance(r, dict)] if isinstance(drawn, list) else []
+        self.chunk = FINDING if any(c.finds_all for c in config.controls) else CHUNK
         self.bytes: dict[str, bytes] = {}  # of the present chunk, by hash
         self.support_places: dict[str, tuple[Task, str]] = {}  # hash → where to fetch it again
         self.lost: set[str] = set()  # support images that are not to be had now
@@ -102,9 +121,9 @@ class Prediction:
         gave_up: KptError | None = None
         with ThreadPoolExecutor(FETCHERS) as pool:
             ahead = self._fetch(pool, 0)
-            for start in range(0, len(self.tasks), CHUNK):
-                fetched, ahead = ahead, {} if gave_up else self._fetch(pool, start + CHUNK)
-                count = len(self.tasks[start : start + CHUNK])
+            for start in range(0, len(self.tasks), self.chunk):
+                fetched, ahead = ahead, {} if gave_up else self._fetch(pool, start + self.chunk)
+                count = len(self.tasks[start : start + self.chunk])
                 if gave_up is None and time.monotonic() > self.deadline - 1.0:
                     gave_up = Unavailable("No time was left for this task; ask for the rest again.")
                 if gave_up is None:
@@ -129,7 +148,7 @@ class Prediction:
     def _fetch(self, pool: ThreadPoolExecutor, start: int) -> dict[tuple[int, str], Future[Fetched]]:
         """Begin to fetch the images of the tasks from `start` on: (index, URL) → bytes and look to come."""
         futures = {}
-        for at, task in enumerate(self.tasks[start : start + CHUNK], start):
+        for at, task in enumerate(self.tasks[start : start + self.chunk], start):
             data = task.get("data") if isinstance(task, dict) else None
             for url in {c.image_of(data) for c in self.controls()} if isinstance(data, dict) else ():
                 if url:
@@ -151,7 +170,7 @@ class Prediction:
             items += [self._item(at, control, fetched) for control in self.controls()]
         for control in self.controls():
             mine = [i for i in items if i.control is control and i.error is None]
-            asked = [(item, query) for item in mine for query in item.queries()]
+            asked = [(item, query) for item in mine for query in item.queries(bool(self.drawn))]
             if asked:
                 self._ask(control, asked, supports[control_key(control)])
         self.ranker.see(self.looks)
@@ -205,7 +224,7 @@ class Prediction:
         return []
 
     def _ask(
-        self, control: KeypointControl, asked: list[tuple[_Item, Query]], support: list[tuple[str, KeypointSet]]
+        self, control: KeypointControl, asked: list[tuple[_Item, Query | AllObjects]], support: list[tuple[str, KeypointSet]]
     ) -> None:
         """Fill in the objects of the items. Raises Unavailable and ArtifactError, which concern all tasks."""
         while True:
@@ -237,7 +256,7 @@ class Prediction:
             if isinstance(result, KptError):
                 item.error = result
             else:
-                item.objects.append(result[0])
+                item.add(result[0])
                 item.size = result[1]
 
     def _result(self, at: int, items: list[_Item]) -> Json:
@@ -245,12 +264,13 @@ class Prediction:
         regions: list[Json] = []
         kept: Json = {}
         for item in items:
-            if item.objects:
+            if item.answered:
                 objects = [self._with_clicks(item, points) for points in item.objects]
-                labels = [b.label for b in item.boxes] if len(item.boxes) == len(objects) else None
-                drawn = to_regions(item.control, objects, *item.size, box_labels=labels)
+                known = [b.label for b in item.boxes] if len(item.boxes) <= len(objects) else []
+                labels = known + [None] * (len(objects) - len(known))  # those whose box was given come first
+                drawn = to_regions(item.control, objects, *item.size, box_labels=labels, scores=item.scores)
                 kept[control_key(item.control)] = control_row(
-                    item.control, item.objects, [b.box for b in item.boxes], item.size, drawn
+                    item.control, item.objects, [b.box for b in item.boxes], item.size, drawn, item.scores
                 )
                 regions += drawn
         errors = [i.error for i in items if i.error is not None]

@@ -48,12 +48,20 @@ def expected_right(calibration: Calibration, controls: Controls) -> float:
     shares: list[float] = []
     for control in controls.values():
         drawn = control.get("drawn") or []
-        for i, points in enumerate(control["objects"]):
+        for i, (points, there) in enumerate(zip(control["objects"], certainties(control), strict=True)):
             shown = drawn[i] if i < len(drawn) else {}
             for name, seen, score in zip(points["names"], points["visibility"], points["score"], strict=True):
                 if seen in PLACED:
-                    shares.append(float(calibration(score)) if name in shown else 0.0)
+                    shares.append(float(calibration(score * there)) if name in shown else 0.0)
     return float(np.mean(shares)) if shares else 0.0
+
+
+def certainties(control: Mapping[str, Any]) -> list[float]:
+    """Of what served.control_row kept, also before it kept them: per object, how sure the model is that it is there.
+
+    A point is right only if its object is there: what counts as its score, and is calibrated, is the product of both.
+    """
+    return [float(s) for s in control.get("scores") or [1.0] * len(control["objects"])]
 
 
 def rank_score(share: float, repeats: bool) -> float:
@@ -153,17 +161,18 @@ def compare(config: LabelConfig, result: list[Any], controls: Controls, toleranc
             continue
         truth = [o.keypoints for o in read_result(control, result, *kept["size"]).objects]
         predicted = [KeypointSet.from_json(o) for o in kept["objects"]]
+        there = certainties(kept)
         for i, j in pair_up(truth, predicted, kept["size"]):
             if j is None:
                 continue
             points = predicted[j]
             if i is None:
-                found += [(float(s), False) for s in points.score[points.placed]]
+                found += [(float(s) * there[j], False) for s in points.score[points.placed]]
                 continue
             near = distances(points, truth[i], size_of(truth[i], kept["size"])) <= tolerance  # NaN: not near
             absent = truth[i].reorder(points.names).visibility == Visibility.ABSENT
             told = points.placed & (truth[i].reorder(points.names).placed | absent)
-            found += [(float(s), bool(n)) for s, n, t in zip(points.score, near, told, strict=True) if t]
+            found += [(float(s) * there[j], bool(n)) for s, n, t in zip(points.score, near, told, strict=True) if t]
     return found
 
 

@@ -32,20 +32,25 @@ def control_row(
     boxes: Iterable[Iterable[float]],
     size: tuple[int, int],
     regions: Sequence[dict[str, Any]] = (),
+    scores: Sequence[float | None] | None = None,
 ) -> dict[str, Any]:
-    """What is kept of one control. boxes: (x, y, w, h) in pixels that the model was given; regions: as they were drawn.
+    """What is kept of one control. boxes: (x, y, w, h) in pixels that the model was given; regions: as they were drawn; scores:
+    per object, that it is there, as `to_regions` takes them.
 
-    `drawn` holds for each object which point became which region: {name: region id}; {} for an object that was not drawn.
+    `scores` holds for each object how sure the model is that it is there; 1 for the one that was asked for, and where a person
+    drew the box. `drawn` holds for each object which point became which region: {name: region id}; {} for an object that was not drawn.
     """
     ids = iter([r["id"] for r in regions if r["type"] == "keypointlabels"])
+    sure = list(scores) if scores is not None else [None] * len(objects)
     shown: list[dict[str, str]] = []
-    for points in objects if regions else ():
-        names = [name for name, there in zip(points.names, drawn(control, points), strict=True) if there]
+    for points, score in zip(objects, sure, strict=True) if regions else ():
+        names = [name for name, there in zip(points.names, drawn(control, points, score), strict=True) if there]
         shown.append(dict(zip(names, ids, strict=False)))
     return {
         "size": [int(v) for v in size],
         "boxes": [[round(float(v), 2) for v in box] for box in boxes],
         "objects": [points.to_json() for points in objects],
+        "scores": [1.0 if score is None else round(float(score), 4) for score in sure],
         "drawn": shown,
     }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from sqlalchemy.orm import Session
 
 from backend import split
@@ -78,9 +80,14 @@ def merged_schema(config: LabelConfig) -> KeypointSchema:
 def _items(
     session: Session, project: str, config: LabelConfig, schema: KeypointSchema, candidate: split.Candidate
 ) -> list[dict[str, Any]]:
-    """Every object of an annotation, its points by name, in pixels of the image as it was fetched."""
+    """Every object of an annotation, its points by name, in pixels of the image as it was fetched.
+
+    A box that nobody placed points in goes along without points: an object is there, which finding shall not unlearn.
+    """
     annotation, task = session.get_one(Annotation, candidate.row), session.get_one(Task, (project, candidate.task))
-    items = []
+    items: list[dict[str, Any]] = []
+    held: set[str] = set()
+    pointless: dict[str, dict[str, Any]] = {}  # by the box's region, which several controls may share
     since = session.get_one(Project, project).names_since or {}
     for control in config.controls:
         facts = task.files.get(task.images.get(control.image_key, ""), {})
@@ -91,4 +98,9 @@ def _items(
             for found in read.objects:
                 points = as_asked(found.keypoints, since.get(control_key(control), {}), annotation.id).reorder(schema.names)
                 items.append({"image": facts["sha256"], "keypoints": points.to_json(), "group": candidate.group})
-    return items
+            nothing = KeypointSet(schema.names, np.zeros((len(schema), 2)), np.zeros(len(schema)))
+            for box in read.boxes:
+                points = replace(nothing, box=box.box)
+                pointless[box.region_id] = {"image": facts["sha256"], "keypoints": points.to_json(), "group": candidate.group}
+            held |= {found.box.region_id for found in read.objects if found.box}
+    return items + [item for region, item in pointless.items() if region not in held]

@@ -149,8 +149,8 @@ class Predicted(Base):
     shadow: Mapped[bool] = mapped_column(Boolean, default=False)
     withheld: Mapped[bool] = mapped_column(Boolean, default=False)  # served empty, to see what people do without (anchoring.py)
     known: Mapped[int] = mapped_column(BigInteger, default=0)  # annotations.id, the newest when it was made
-    # control → {"size": [w, h], "boxes": [[x, y, w, h]…] handed to the model, "objects": [keypoint set as JSON…], "drawn":
-    # [{name: region id}…] per object}, in pixels (served.control_row). None: asked for, not made yet
+    # control → {"size": [w, h], "boxes": [[x, y, w, h]…] handed to the model, "objects": [keypoint set as JSON…], "scores":
+    # [that each is there], "drawn": [{name: region id}…] per object}, in pixels (served.control_row). None: asked for, not made yet
     controls: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     score: Mapped[float] = mapped_column(Float, default=0.0)  # as Label Studio is told
     error: Mapped[str] = mapped_column(Text, default="")  # why it could not be made

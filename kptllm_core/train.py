@@ -314,9 +314,10 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     parent: an adapter to start from. The budget is `seconds` or `steps` (150 s if neither is given). Raises DataError for too few
     labels, Interrupted-like InvalidInput if stopped (resume=True then goes on where it was).
     """
-    samples = [s for folder in data for s in load_coco(folder).samples if s.keypoints.placed.any()]
-    if len({s.image_path for s in samples}) < MIN_LABELLED:
-        raise DataError(f"{len(samples)} labelled images found; a round needs at least {MIN_LABELLED}. Label more.")
+    samples = [s for folder in data for s in load_coco(folder).samples]  # an object without points is still no background
+    labelled = [s for s in samples if s.keypoints.placed.any()]
+    if len({s.image_path for s in labelled}) < MIN_LABELLED:
+        raise DataError(f"{len(labelled)} labelled images found; a round needs at least {MIN_LABELLED}. Label more.")
     if seconds is not None or steps is not None:
         recipe = Recipe(**{**asdict(recipe), "seconds": seconds, "steps": steps})
     recipe = Recipe(**{**asdict(recipe), "seed": seed})
@@ -337,8 +338,8 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     if not loop.run(batches, progress, should_stop):
         raise InvalidInput(f"The round was stopped at step {loop.step}. Its state is kept; resume to go on.")
     model.eval()
-    metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "images": len({s.image_path for s in samples}),
-               "objects": len(samples), "recipe": asdict(recipe), "curve": loop.curve}  # fmt: skip
+    metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "images": len({s.image_path for s in labelled}),
+               "objects": len(labelled), "recipe": asdict(recipe), "curve": loop.curve}  # fmt: skip
     info = {"base": found.base, "parent": parent.name if parent else None, "schema": samples[0].schema.to_json(), "data": data_hash(data)}
     weights = {**adapter_state(model), **loop.average}
     store.save_adapter(out, model, info, metrics, weights)

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -127,7 +128,8 @@ class Round:
             raise
 
     def score(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The parent (or the bare base) and the new adapter on `heldout`: whole images, as serving gets them."""
+        """The parent (or the bare base) and the new adapter on `heldout`: whole images, as serving gets them. Where an image shows
+        several objects, each is asked for with its own box: which one is meant could not be told otherwise."""
         from kptllm_core.predictor import Example, load_predictor
 
         self.report(phase="scoring", eta_seconds=None)
@@ -143,11 +145,14 @@ class Round:
         from kptllm_core.evaluate import score_predictor
 
         samples = self._samples("heldout")
+        objects = Counter(sample.image_path for sample in samples)
         parts = []
-        for start in range(0, len(samples), SCORED_AT_ONCE):
-            self.report(phase="scoring")
-            read = [(sample.read(), sample.keypoints) for sample in samples[start : start + SCORED_AT_ONCE]]
-            parts.append(score_predictor(predictor, read, self.schema, support))
+        for boxes, asked in (("found", [s for s in samples if objects[s.image_path] == 1]),
+                             ("given", [s for s in samples if objects[s.image_path] > 1])):  # fmt: skip
+            for start in range(0, len(asked), SCORED_AT_ONCE):
+                self.report(phase="scoring")
+                read = [(sample.read(), sample.keypoints) for sample in asked[start : start + SCORED_AT_ONCE]]
+                parts.append(score_predictor(predictor, read, self.schema, support, boxes))
         return pooled(parts)
 
     def _samples(self, part: str) -> list[Sample]:
@@ -165,7 +170,7 @@ class Round:
 
 
 def pooled(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The scores of several groups of images as if they had been scored together (each image counts the same)."""
+    """The scores of several groups of images as if they had been scored together (each object counts the same)."""
     parts = [part for part in parts if part["images"]]
     images = sum(part["images"] for part in parts)
     if not images:

@@ -41,29 +41,33 @@ def to_regions(
     height: int,
     new_id: Callable[[], str] = random_id,
     box_labels: Sequence[str | None] | None = None,
+    scores: Sequence[float | None] | None = None,
 ) -> list[Region]:
     """Regions of one control for the objects of one image.
 
     width, height: of the EXIF-oriented image, pixels. box_labels: per object, the label its box has already (a person's box).
+    scores: per object, 0…1, that it is there (its instance score); None: the mean of its points'.
     Not drawn: objects below `score_threshold`; points that are absent, not labelled or below `point_threshold`; without a box
     control all objects but the best, since their points could not be told apart. Points outside are moved to the image's edge.
     """
     objects = [keypoints] if isinstance(keypoints, KeypointSet) else list(keypoints)
     labels = list(box_labels) if box_labels is not None else [None] * len(objects)
-    chosen = [(o, label) for o, label in zip(objects, labels, strict=True) if drawn(control, o).any()]
+    given = list(scores) if scores is not None else [None] * len(objects)
+    sure = [o.object_score if score is None else score for o, score in zip(objects, given, strict=True)]
+    chosen = [c for c in zip(objects, labels, sure, strict=True) if drawn(control, c[0], c[2]).any()]
     if control.box is None and len(chosen) > 1:
-        chosen = [max(chosen, key=lambda pair: pair[0].object_score)]
+        chosen = [max(chosen, key=lambda one: one[2])]
     regions: list[Region] = []
-    for points, label in chosen:
-        box = _box_region(control, points, label, width, height, new_id) if control.box and control.add_bboxes else None
+    for points, label, score in chosen:
+        box = _box_region(control, points, label, score, width, height, new_id) if control.box and control.add_bboxes else None
         regions += [box] if box else []
-        regions += _point_regions(control, points, box["id"] if box else None, width, height, new_id)
+        regions += _point_regions(control, points, score, box["id"] if box else None, width, height, new_id)
     return regions
 
 
-def drawn(control: KeypointControl, points: KeypointSet) -> np.ndarray:
-    """(K,) bool, in the order of `points`: which of them `to_regions` draws."""
-    if points.object_score < control.score_threshold:
+def drawn(control: KeypointControl, points: KeypointSet, score: float | None = None) -> np.ndarray:
+    """(K,) bool, in the order of `points`: which of them `to_regions` draws. score: of the object; None: the mean of its points'."""
+    if (points.object_score if score is None else score) < control.score_threshold:
         return np.zeros(len(points), bool)
     return points.placed & (points.score >= np.float32(control.point_threshold))
 
@@ -94,12 +98,12 @@ def _common(region_id: str, from_name: str, to_name: str, kind: str, width: int,
             "original_height": int(height), "image_rotation": 0, "score": round(min(max(float(score), 0.0), 1.0), 4)}  # fmt: skip
 
 
-def _point_regions(control: KeypointControl, points: KeypointSet, parent: str | None, width: int, height: int,
+def _point_regions(control: KeypointControl, points: KeypointSet, score: float, parent: str | None, width: int, height: int,
                    new_id: Callable[[], str]) -> list[Region]:  # fmt: skip
     size = POINT_WIDTH if control.point_size is None else min(control.point_size * 100.0 / width, 100.0)
     percent = np.clip(to_percent(clip_to_image(points.xy.astype(np.float64), width, height), width, height), 0.0, 100.0)
     regions: list[Region] = []
-    for i in np.flatnonzero(drawn(control, points)):
+    for i in np.flatnonzero(drawn(control, points, score)):
         region = _common(new_id(), control.from_name, control.to_name, "keypointlabels", width, height, points.score[i])
         place = {"x": float(percent[i, 0]), "y": float(percent[i, 1]), "width": size}
         region["value"] = {**place, "keypointlabels": [control.label_of(points.names[i])]}
@@ -112,7 +116,7 @@ def _point_regions(control: KeypointControl, points: KeypointSet, parent: str | 
     return regions
 
 
-def _box_region(control: KeypointControl, points: KeypointSet, label: str | None, width: int, height: int,
+def _box_region(control: KeypointControl, points: KeypointSet, label: str | None, score: float, width: int, height: int,
                 new_id: Callable[[], str]) -> Region | None:  # fmt: skip
     """The object's rectangle; None if nothing of it lies on the image."""
     assert control.box is not None
@@ -123,9 +127,7 @@ def _box_region(control: KeypointControl, points: KeypointSet, label: str | None
     if w <= 0 or h <= 0:
         return None
     (x0, y0), (x1, y1) = np.clip(to_percent(np.array([[x, y], [x + w, y + h]]), width, height), 0.0, 100.0)
-    region = _common(
-        new_id(), control.box.from_name, control.to_name, control.box.type, width, height, points.object_score
-    )
+    region = _common(new_id(), control.box.from_name, control.to_name, control.box.type, width, height, score)
     region["value"] = {"x": float(x0), "y": float(y0), "width": float(x1 - x0), "height": float(y1 - y0), "rotation": 0}
     if control.box.type == "rectanglelabels":
         region["value"]["rectanglelabels"] = [label if label in control.box.labels else control.box.labels[0]]

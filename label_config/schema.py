@@ -6,8 +6,9 @@ nested Views, aliases, names in any script. Attributes of the control that mean 
     model_score_threshold   0…1: objects whose score is below it are not drawn (default 0)
     model_point_threshold   0…1: points whose score is below it are not drawn (default 0)
     model_point_size        diameter of drawn points, pixels of the image (default: 0.5 % of its width)
-    model_add_bboxes        "false": the box control is read, but predictions draw no boxes (default "true")
-    model_find_objects      "false": only objects whose box a person drew are predicted (default: true with a box control)
+    model_add_bboxes        "false": the box control is read, but predictions draw no boxes (default "true"); then one object is found
+    model_find_objects      "false": only objects whose box a person drew are predicted (default: true with a box control: these as
+                            they are, and all the others that are found)
     model_missing           "absent": a point that a person did not place is absent; "unlabelled" (default): it says nothing
     model_skeleton          "head-neck,neck-tail": pairs of labels that are joined
     model_symmetric         "left_eye-right_eye": pairs that swap when the image is mirrored; default: read from the names;
@@ -80,6 +81,11 @@ class KeypointControl:
     add_bboxes: bool = True
     find_objects: bool = False
     smart: bool = False
+
+    @property
+    def finds_all(self) -> bool:
+        """Whether predictions hold all objects of an image. Their points are told apart by the boxes that are drawn for them."""
+        return self.box is not None and self.find_objects and self.add_bboxes
 
     @property
     def image_key(self) -> str:

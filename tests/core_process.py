@@ -24,7 +24,7 @@ from kptllm_core.serve import serve
 from kptllm_core.store import AdapterStore, ImageStore
 
 
-DARK = 1.0  # mean grey of images in which there is nothing
+DARK = 2.5  # mean of the pixels of images in which there is nothing
 
 
 class Instance(NamedTuple):
@@ -53,6 +53,9 @@ class TimedPredictor:
         self.switched.append(None if folder is None else folder.name)
 
     def predict(self, images: list[np.ndarray], schema: KeypointSchema, **options: Any) -> list[KeypointSet]:
+        return self._points(images, schema)
+
+    def _points(self, images: list[np.ndarray], schema: KeypointSchema) -> list[KeypointSet]:
         assert self.inside.acquire(blocking=False), "two threads on one device"
         try:
             time.sleep(self.seconds)
@@ -71,7 +74,7 @@ class TimedPredictor:
             height, width = image.shape[:2]
             halves = [np.array([x, 0.0, width / 2, height]) for x in (0.0, width / 2)] if find and image.mean() > DARK else []
             every = [(box, 1.0) for box in given] + [(box, score) for box, score in zip(halves, (0.8, 0.4), strict=False)]
-            (points,) = self.predict([image], schema, boxes=[None])
+            (points,) = self._points([image], schema)
             answers.append([Instance(replace(points, box=box), score) for box, score in every])
         return answers
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy import select
 
 from backend.model import KptLLMBackend
+from backend.tables import Predicted
 from backend_world import CONFIG, WITH_BOX, World, picture, placed, rectangle, region, world
 from kptllm_core.errors import InvalidInput, SchemaError, Unavailable
 from kptllm_core.keypoints import KeypointSet
@@ -34,7 +36,14 @@ def asked(here: World) -> list[dict[str, Any]]:
         calls.append({"schema": schema, "images": len(images), **options})
         return real(images, schema, **options)
 
+    really_all = here.predictor.predict_objects
+
+    def predict_objects(images: list[np.ndarray], schema: Any, boxes: Any, **options: Any) -> list[list[Any]]:
+        calls.append({"schema": schema, "images": len(images), "boxes": list(boxes[0]), **options})
+        return really_all(images, schema, boxes, **options)
+
     here.predictor.predict = predict  # type: ignore[method-assign]
+    here.predictor.predict_objects = predict_objects  # type: ignore[method-assign]
     return calls
 
 
@@ -130,16 +139,77 @@ def test_the_boxes_of_the_newest_annotation_are_the_objects(here: World) -> None
     skipped = {"id": 3, "result": [rectangle(5, 5, 5, 5)], "updated_at": "2026-01-03T00:00:00Z", "was_cancelled": True}
     (prediction,) = here.predict(here.task(1, annotations=[old, new, skipped]), config=WITH_BOX)
     boxes = [None if b is None else [round(float(v), 2) for v in b] for b in calls[-1]["boxes"]]
-    assert boxes == [[16.0, 12.0, 32.0, 24.0], [0.64, 0.96, 6.4, 4.8]]
-    assert sum(r["type"] == "rectanglelabels" for r in prediction["result"]) == 2
+    assert boxes == [[16.0, 12.0, 32.0, 24.0], [0.64, 0.96, 6.4, 4.8]] and calls[-1]["find"] is True
+    assert [r["score"] for r in boxes_of(prediction)] == [1.0, 1.0, 0.8, 0.4]  # two drawn, two found
     check_prediction(WITH_BOX, prediction)
+    only = WITH_BOX.replace('<KeyPointLabels name="kp"', '<KeyPointLabels model_find_objects="false" name="kp"')
+    (prediction,) = here.predict(here.task(1, annotations=[old, new, skipped]), config=only)
+    assert [r["score"] for r in boxes_of(prediction)] == [1.0, 1.0]
+
+
+def boxes_of(prediction: dict[str, Any]) -> list[dict[str, Any]]:
+    return [r for r in prediction["result"] if r["type"] == "rectanglelabels"]
+
+
+def test_every_found_object_is_a_box_with_its_points(here: World) -> None:
+    (prediction,) = here.predict(here.task(1), config=WITH_BOX)
+    check_prediction(WITH_BOX, prediction)
+    left, right = boxes_of(prediction)
+    assert [(b["score"], b["value"]["x"], b["value"]["width"]) for b in (left, right)] == [(0.8, 0, 50), (0.4, 50, 50)]
+    parents = [r["parentID"] for r in prediction["result"] if r["type"] == "keypointlabels"]
+    assert parents == [left["id"]] * 3 + [right["id"]] * 3
+    (draft,) = here.predict(here.task(1, drafts=[{"result": [rectangle(10, 10, 20, 20)]}]), config=WITH_BOX)
+    assert [b["score"] for b in boxes_of(draft)] == [1.0, 0.8, 0.4]
+
+
+def test_objects_below_the_threshold_were_not_found(here: World) -> None:
+    config = WITH_BOX.replace('<KeyPointLabels name="kp"', '<KeyPointLabels model_score_threshold="0.5" name="kp"')
+    drawn = {"id": 1, "result": [rectangle(25, 25, 50, 50)], "updated_at": "2026-01-01T00:00:00Z"}
+    (prediction,) = here.predict(here.task(1, annotations=[drawn]), config=config)
+    assert [b["score"] for b in boxes_of(prediction)] == [1.0, 0.8]
+    (kept,) = kept_rows(here)
+    assert kept["kp:image"]["scores"] == [1.0, 0.8] and len(kept["kp:image"]["objects"]) == 2
+    assert kept["kp:image"]["boxes"] == [[16.0, 12.0, 32.0, 24.0]]  # what it was given, not what it found
+
+
+def kept_rows(here: World) -> list[dict[str, Any]]:
+    with here.services.journal.reading() as session:
+        return [row.controls or {} for row in session.scalars(select(Predicted).order_by(Predicted.id))]
+
+
+# The image of task 0 is so dark that the model sees nothing in it.
+
+
+def test_an_image_without_objects_is_an_empty_prediction_and_no_error(here: World) -> None:
+    (prediction,) = here.predict(here.task(0), config=WITH_BOX)
+    assert prediction["result"] == [] and prediction["score"] == 0.0 and "error" not in prediction
+    assert prediction["model_version"] == here.setup(WITH_BOX).get_json()["model_version"]  # Label Studio does not ask again
+    (kept,) = kept_rows(here)
+    assert kept["kp:image"]["objects"] == [] and kept["kp:image"]["size"] == [64, 48]
+
+
+def test_five_hundred_drawn_boxes_are_answered_and_more_are_refused_in_words(here: World) -> None:
+    for count in (500, 501):
+        crowd = [rectangle(i % 90, i // 90, 5, 5, id=f"b{i}") for i in range(count)]
+        task = here.task(0, annotations=[{"id": 1, "result": crowd, "updated_at": "2026-01-01T00:00:00Z"}])
+        (prediction,) = here.predict(task, config=WITH_BOX)
+        if count == 500:
+            assert len(boxes_of(prediction)) == 500
+        else:
+            assert prediction["result"] == [] and "at most 500" in prediction["error"]["message"]
+
+
+def test_without_boxes_to_draw_one_object_is_predicted(here: World) -> None:
+    config = WITH_BOX.replace('<KeyPointLabels name="kp"', '<KeyPointLabels model_add_bboxes="false" name="kp"')
+    (prediction,) = here.predict(here.task(1), config=config)
+    assert [r["type"] for r in prediction["result"]] == ["keypointlabels"] * 3
 
 
 def test_our_own_earlier_boxes_are_no_truth_but_another_models_are(here: World) -> None:
     calls = asked(here)
     ours = {"result": [rectangle(0, 0, 10, 10)], "model_version": "nano-12345678+r2+s5.9f31ab"}
     here.predict(here.task(1, predictions=[ours]), config=WITH_BOX)
-    assert calls[-1]["boxes"] == [None]
+    assert calls[-1]["boxes"] == []
     detector = {"result": [rectangle(50, 50, 50, 50)], "model_version": "yolo"}
     here.predict(here.task(1, predictions=[ours, detector]), config=WITH_BOX)
     assert [float(v) for v in calls[-1]["boxes"][0]] == [32.0, 24.0, 32.0, 24.0]

@@ -17,8 +17,10 @@ from PIL import Image
 from kptllm_core import trainer
 from kptllm_core.dataset import load_coco
 from kptllm_core.errors import DataError, KptError
+from kptllm_core.evaluate import CopyPredictor
 from kptllm_core.jobs import FAILED, STOPPED
 from kptllm_core.keypoints import KeypointSet
+from kptllm_core.predictor import Example
 from kptllm_core.store import read_json, write_json
 from kptllm_core.trainer import Round, Stopped, held, pooled, run
 
@@ -121,9 +123,8 @@ def test_an_adapter_that_is_there_is_not_trained_again(tmp_path: Path) -> None:
 
 
 def test_pooled_scores_are_those_of_all_images_together() -> None:
-    from kptllm_core.evaluate import CopyPredictor, score_predictor
+    from kptllm_core.evaluate import score_predictor
     from kptllm_core.keypoints import KeypointSchema
-    from kptllm_core.predictor import Example
 
     schema = KeypointSchema(("a", "b", "c"))
     rng = np.random.default_rng(0)
@@ -137,6 +138,28 @@ def test_pooled_scores_are_those_of_all_images_together() -> None:
     assert parts["pck"] == pytest.approx(whole["pck"])
     with pytest.raises(DataError, match="No held-out image"):
         pooled([])
+
+
+def test_objects_of_a_crowd_are_judged_with_their_own_box(tmp_path: Path) -> None:
+    """Two objects of one image, one alone in another, and one that has only a box."""
+    folder = a_round(tmp_path, {"train": [picture(1)], "heldout": [picture(3), picture(4)]})
+    asked = read_json(folder / "run.json")
+    alone, crowd = asked["heldout"]
+    others = [{**crowd, "keypoints": {**crowd["keypoints"], "visibility": v, "box": [1, 1, 5, 5]}} for v in ([2, 2], [0, 0])]
+    write_json(folder / "run.json", {**asked, "heldout": [alone, crowd, *others]})
+    it = Round(folder)
+    it.prepare()
+    told: list[Any] = []
+
+    class Watched(CopyPredictor):
+        def predict(self, images: Any, schema: Any, support: Any = (), boxes: Any = None, prompt: str = "auto", asked: Any = None) -> Any:
+            told.extend(None if box is None else [float(v) for v in box] for box in boxes)
+            return super().predict(images, schema, support, boxes)
+
+    example = Example(np.zeros((7, 9, 3), np.uint8), KeypointSet(("nose", "tail"), np.array([[1, 2], [7, 5.5]]), np.array([2, 2])))
+    figures = it._score(Watched(), [example])  # type: ignore[arg-type]
+    assert told == [None, pytest.approx([2, 2, 5, 3.5]), [1, 1, 5, 5]]
+    assert figures["images"] == 3 and figures["points"] == 6
 
 
 def test_progress_is_written_at_once_for_a_new_phase_and_then_not_too_often(tmp_path: Path) -> None:
