@@ -8,6 +8,7 @@ it is not applied here.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +71,10 @@ def read_result(
     """Regions of an annotation (or of an interactive context) → objects in pixels.
 
     width, height: of the image as it was loaded; without them the regions' own original_width/height serve.
-    A point belongs to the region its parentID leads to, else to the one box that holds it, else to the image's only object.
-    A label that is left twice in one object, or a point that lies in several boxes, is reported and not used.
+    A point belongs to the region its parentID leads to, else to the box that it is related to (or to the object of the points that it is
+    related to), else to the one box that holds it, else to the image's only object. A label that is left twice in one object, and
+    a point that lies in several boxes or is tied to several, is reported and not used; one that lies in no box is kept as an object
+    without a box, and reported.
     """
     if not isinstance(result, list):
         raise InvalidInput(f"An annotation's result is a list of regions; found {type(result).__name__}.")
@@ -84,7 +87,7 @@ def read_result(
     points = [p for r in regions for p in _read_points(control, r, width, height, hidden, problems)]
     parents = {_id(r): _id(r, "parentID") for r in regions if r.get("type") != "choices" and _id(r)}
     by_id = {b.region_id: b for b in boxes}
-    groups = _grouped(points, parents, boxes, problems)
+    groups = _grouped(points, parents, _relations(regions), boxes, problems)
     objects = [_object(control, members, by_id.get(group), problems) for group, members in groups.items() if members]
     return ReadResult(tuple(o for o in objects if o.keypoints.placed.any()), tuple(boxes), tuple(problems))
 
@@ -198,18 +201,44 @@ def _is_hidden(control: KeypointControl, region: Region) -> bool:
     )
 
 
-def _grouped(
-    points: list[_Point], parents: dict[str, str], boxes: list[DrawnBox], problems: list[str]
-) -> dict[str, list[_Point]]:
+def _relations(regions: list[Region]) -> dict[str, set[str]]:
+    """Region id → ids of the regions that a person related to it, in whatever direction."""
+    found: dict[str, set[str]] = {}
+    for region in regions:
+        ends = _id(region, "from_id"), _id(region, "to_id")
+        if region.get("type") == "relation" and all(ends):
+            found.setdefault(ends[0], set()).add(ends[1])
+            found.setdefault(ends[1], set()).add(ends[0])
+    return found
+
+
+def _grouped(points: list[_Point], parents: dict[str, str], relations: dict[str, set[str]], boxes: list[DrawnBox],
+             problems: list[str]) -> dict[str, list[_Point]]:  # fmt: skip
     """Id of the box (or of whatever the points hang on; "": nothing) → the points of that object."""
     groups: dict[str, list[_Point]] = {b.region_id: [] for b in boxes}
+    known = frozenset(groups)
+    above = [_box_above(point, parents, known) for point in points]
+    settled = {point.region_id: box for point, box in zip(points, above, strict=True) if box}
+    links = {region: set(others) for region, others in relations.items()}
+    for child, parent in parents.items():
+        if parent:
+            links.setdefault(child, set()).add(parent)
+            links.setdefault(parent, set()).add(child)
     outside = []
-    for point in points:
+    for point, box in zip(points, above, strict=True):
         x, y = point.xy
         inside = [b for b in boxes if b.box[0] <= x <= b.box[0] + b.box[2] and b.box[1] <= y <= b.box[1] + b.box[3]]
-        root = _root(point, parents, groups)
-        if root:
-            groups.setdefault(root, []).append(point)
+        if box:
+            tied, fellows = {box} | (relations.get(point.region_id, set()) & known), set()
+        else:
+            reached = _reached(point.region_id, links, known | settled.keys())
+            tied, fellows = {settled.get(r, r) for r in reached} & known, reached - known - settled.keys()
+        if len(tied) > 1:
+            problems.append(f"'{point.name}' ({point.region_id}) is tied to {len(tied)} boxes; keep one parent or relation; it was not used")
+        elif tied:
+            groups[tied.pop()].append(point)
+        elif fellows:
+            groups.setdefault(min(fellows | {point.region_id}), []).append(point)
         elif len(inside) == 1:
             groups[inside[0].region_id].append(point)
         elif inside:
@@ -224,18 +253,30 @@ def _grouped(
     for point in outside:
         fits = len(boxes) == 1 and point.name not in taken
         (only if fits else groups.setdefault("", [])).append(point)
+        if boxes and not fits:
+            problems.append(f"'{point.name}' ({point.region_id}) lies in no box: it counts as an object without one; draw its box, or drag it "
+                            "onto its box in Label Studio's region list")  # fmt: skip
     return groups
 
 
-def _root(point: _Point, parents: dict[str, str], boxes: dict[str, list[_Point]]) -> str:
-    """What a point hangs on: the nearest box above it, else the topmost region, which may be the point itself; "" if nothing."""
+def _box_above(point: _Point, parents: dict[str, str], boxes: Collection[str]) -> str:
+    """The nearest box that a point hangs on through its parents; "" if there is none."""
     at, seen = point.parent, set()
-    while at and at not in boxes and at not in seen and parents.get(at):
+    while at and at not in boxes and at not in seen:
         seen.add(at)
-        at = parents[at]
-    if not at and point.region_id and point.region_id in parents.values():
-        return point.region_id
-    return at
+        at = parents.get(at, "")
+    return at if at in boxes else ""
+
+
+def _reached(region: str, links: dict[str, set[str]], ends: Collection[str]) -> set[str]:
+    """The regions that links lead to from here; not beyond `ends`."""
+    seen, ahead = {region}, [region]
+    while ahead:
+        at = ahead.pop()
+        if at not in ends:
+            ahead += links.get(at, set()) - seen
+            seen |= links.get(at, set())
+    return seen - {region}
 
 
 def _object(

@@ -311,6 +311,41 @@ def test_parents_that_are_points_chains_loops_or_gone() -> None:
     assert len(read_result(kp, loop).objects) >= 1
 
 
+def relation(one: str, other: str) -> dict[str, Any]:
+    return {"type": "relation", "from_id": one, "to_id": other, "direction": "right"}
+
+
+def test_relations_tie_points_to_boxes_and_to_each_other() -> None:
+    _, kp = one(WITH_BOX)
+    a, b = rectangle("a", 0, 0, 60, 60), rectangle("b", 20, 20, 60, 60)
+    nose, eye, far = region("nose", 30, 30, id="n"), region("left_eye", 40, 40, id="e"), region("nose", 90, 90, id="f")
+    by_relation = read_result(kp, [a, b, nose, eye, far, relation("a", "n"), relation("e", "n"), relation("f", "b")])
+    assert by_relation.problems == ()
+    assert [(o.box.region_id if o.box else None, o.keypoints.visibility.tolist()) for o in by_relation.objects] == [
+        ("a", [2, 2, 0]), ("b", [2, 0, 0])]  # fmt: skip
+    fellow = read_result(kp, [a, b, nose | {"parentID": "a"}, eye, relation("n", "e")])  # of a point that has a parent
+    assert fellow.problems == () and [o.keypoints.visibility.tolist() for o in fellow.objects] == [[2, 2, 0]]
+    pair = read_result(one(NO_BOX)[1], [nose, eye, far, relation("n", "e"), relation("f", "f")])
+    assert [o.keypoints.visibility.tolist() for o in pair.objects] == [[2, 2, 0], [2, 0, 0]] and pair.problems == ()
+
+
+def test_points_that_are_tied_to_two_boxes_are_reported() -> None:
+    _, kp = one(WITH_BOX)
+    a, b, nose = rectangle("a", 0, 0, 60, 60), rectangle("b", 20, 20, 60, 60), region("nose", 5, 5, id="n")
+    eye = region("left_eye", 70, 70, id="e")
+    for ties in ([relation("n", "a"), relation("n", "b")], [relation("n", "b")]):
+        read = read_result(kp, [a, b, nose if len(ties) == 2 else nose | {"parentID": "a"}, eye, *ties])
+        assert len(read.problems) == 1 and "'nose' (n) is tied to 2 boxes" in read.problems[0]
+        assert [o.keypoints.visibility.tolist() for o in read.objects] == [[0, 2, 0]]
+
+
+def test_a_point_in_no_box_is_kept_and_reported() -> None:
+    _, kp = one(WITH_BOX)
+    read = read_result(kp, [rectangle("a", 0, 0, 30, 30), rectangle("b", 50, 50, 30, 30), region("nose", 40, 40)])
+    assert "'nose'" in read.problems[0] and "lies in no box" in read.problems[0]
+    assert [(o.box, o.keypoints.visibility.tolist()) for o in read.objects] == [(None, [2, 0, 0])]
+
+
 def test_a_label_twice_on_one_object_is_not_guessed() -> None:
     _, kp = one(NO_BOX)
     read = read_result(kp, [region("nose", 10, 10), region("nose", 70, 70), region("left_eye", 1, 1)])
