@@ -66,10 +66,11 @@ def overview(project: str) -> str | Response:
     number, journal = status["project"], current.services().journal
     effort, anchoring = current.reports().get("effort", number), current.reports().get("anchoring", number)
     agreement = current.reports().get("agreement", number)
+    unused = current.reports().get("quality", number).get("unused", [])
     accuracy, people = charts.accuracy(status, prequential(journal, number), agreement), charts.people_by_point(agreement)
     return _page(
         "project.html", status, "overview", accuracy=accuracy, people=people, effort=effort, clicks=charts.effort(effort), anchoring=anchoring,
-        examples=support_examples(number), command=connect_command(number), **_now(status),
+        examples=support_examples(number), unused=unused, command=connect_command(number), **_now(status),
     )  # fmt: skip
 
 

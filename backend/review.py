@@ -31,7 +31,7 @@ from backend.tables import Annotation, Event, Predicted, Project, Task, Version
 from backend.versions import candidates_of, labelled, unknown_project, uses_of
 from kptllm_core.errors import InvalidInput
 from kptllm_core.keypoints import KeypointSet
-from label_config.annotations import read_result
+from label_config.annotations import UNKNOWN, read_result
 from label_config.schema import KeypointControl, parse
 
 log = logging.getLogger(__name__)
@@ -44,13 +44,15 @@ MOST_ASKED = 400  # images of a version that are asked for at all
 
 
 def quality_report(journal: Journal, project: str, least: float = LEAST) -> dict[str, Any]:
-    """{"findings": [quality.Finding.to_json() and "id", "control", "skeleton"…], "checked": objects…}."""
+    """{"findings": [quality.Finding.to_json() and "id", "control", "skeleton"…], "checked": objects, "unused": [{"task", "annotation",
+    "control", "said"}]: what of the labels could not be used as it is, such as a point that may belong to two objects}."""
     with journal.reading() as session:
         row = session.get(Project, project)
         if row is None:
             raise unknown_project(project)
         config = parse(row.label_config) if row.label_config else None
-        subjects = {control_key(c): _subjects(session, project, c) for c in config.controls} if config else {}
+        unused: list[dict[str, Any]] = []
+        subjects = {control_key(c): _subjects(session, project, c, unused) for c in config.controls} if config else {}
     told: list[dict[str, Any]] = []
     for control in config.controls if config else ():
         key = control_key(control)
@@ -62,6 +64,7 @@ def quality_report(journal: Journal, project: str, least: float = LEAST) -> dict
         "checked": sum(len(found) for found in subjects.values()),
         "with_prediction": sum(s.predicted is not None for found in subjects.values() for s, _ in found),
         "findings": told[:KEPT],
+        "unused": unused[:KEPT],
     }
 
 
@@ -89,8 +92,8 @@ def dismiss(journal: Journal, project: str, finding: object) -> None:
 # ---------------------------------------------------------------- what is looked at
 
 
-def _subjects(session: Session, project: str, control: KeypointControl) -> list[tuple[Subject, int]]:
-    """Every labelled object of a control, with the annotations.id of the state that it was read from."""
+def _subjects(session: Session, project: str, control: KeypointControl, unused: list[dict[str, Any]]) -> list[tuple[Subject, int]]:
+    """Every labelled object of a control, with the annotations.id of the state that it was read from. `unused` gets what cannot be read."""
     tasks = {t.task: t for t in session.scalars(select(Task).where(Task.project == project))}
     witness = _witnesses(session, project)
     found: list[tuple[Subject, int]] = []
@@ -100,6 +103,9 @@ def _subjects(session: Session, project: str, control: KeypointControl) -> list[
         facts = task.files.get(task.images.get(control.image_key, ""), {}) if task else {}
         size = tuple(made["size"]) if made else (facts["width"], facts["height"]) if "width" in facts else None
         read = read_result(control, row.result, *(size or (None, None)))
+        about = {"task": row.task, "annotation": row.annotation, "control": control_key(control)}
+        # What the config lacks is told by name, not by region: fitting.set_aside.
+        unused += [about | {"said": problem} for problem in read.problems if UNKNOWN not in problem]
         truth = [o.keypoints for o in read.objects]
         predicted = [KeypointSet.from_json(o).reorder(control.schema.names) for o in made["objects"]] if made else []
         partners = {i: j for i, j in pair_up(truth, predicted, size) if i is not None and j is not None}

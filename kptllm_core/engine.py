@@ -1,9 +1,10 @@
 """The resident model and the one lock around its device. Between the HTTP face and the Predictor; knows neither HTTP nor tensors.
 
-A request waits for the device at most behind `max_waiting` others, and holds it for one batch of images at a time, so
-that large requests and small ones take turns; an image whose objects are all asked for is such a batch by itself, and as long as
-its bounded number of windows and objects makes it (finder.MAX_WINDOWS, messages.MAX_BOXES, instances.MOST). While one batch is on the device, the next one is decoded; never more, so
-that many requests do not need much memory. An unusable query never fails the others.
+A request waits for the device at most behind `max_waiting` others, and holds it for one batch of images at a time, so that
+large requests and small ones take turns. An image that is asked for all its objects is a batch of its own: as long as its
+windows and objects make it, and their numbers are bounded (finder.MAX_WINDOWS, messages.MAX_BOXES, instances.MOST). While one
+batch is on the device, the next one is decoded; never more, so that many requests do not need much memory. An unusable query
+never fails the others.
 """
 
 from __future__ import annotations

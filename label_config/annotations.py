@@ -20,6 +20,7 @@ from kptllm_core.keypoints import KeypointSet, Visibility
 from label_config.checks import BOXES
 from label_config.schema import KeypointControl
 
+UNKNOWN = "which is not in"  # said of a label that the config lacks (any more)
 SAME_PLACE = 1e-3  # per cent: two regions closer than this are one point drawn twice
 Region = dict[str, Any]
 
@@ -135,7 +136,7 @@ def _read_points(control: KeypointControl, region: Region, width: int | None, he
         name = control.name_of(label)
         if name is None:
             problems.append(
-                f"{where} has the label '{label}', which is not in '{control.from_name}': {', '.join(control.shown)}"
+                f"{where} has the label '{label}', {UNKNOWN} '{control.from_name}': {', '.join(control.shown)}"
             )
             continue
         found.append(_Point(name, (float(x), float(y)), (percent[0], percent[1]), region_id in hidden, region_id,

@@ -23,7 +23,6 @@ from kptllm_core.routes import Core
 from kptllm_core.serve import serve
 from kptllm_core.store import AdapterStore, ImageStore
 
-
 DARK = 2.5  # mean of the pixels of images in which there is nothing
 
 
