@@ -7,6 +7,7 @@ import os
 import sys
 
 from backend import connect as connecting
+from backend import export_command as exporting
 from backend import import_command as importing
 from backend import prelabel_command as prelabelling
 from backend.settings import Settings
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     prelabelling.add_arguments(prelabel)
     bring = commands.add_parser("import", help="labels of COCO, DeepLabCut, SLEAP or YOLO files become annotations of a project")
     importing.add_arguments(bring)
+    write = commands.add_parser("export", help="what people labelled in a project, as COCO keypoints, several objects apart")
+    exporting.add_arguments(write)
     commands.add_parser("demo", help="the whole tour on this machine: Label Studio, backend and core", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "demo":
@@ -40,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
             return connecting.run(options)
         if options.command == "import":
             return importing.run(options)
+        if options.command == "export":
+            return exporting.run(options)
         if options.command == "prelabel":
             return prelabelling.run(options)
         from backend.supervisor import supervise

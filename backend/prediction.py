@@ -79,7 +79,7 @@ class _Item:
             self.objects.append(found)
             self.scores.append(1.0 if self.boxes else None)
         else:
-            sure = [o for o in found if o.score >= self.control.score_threshold]
+            sure = found[: len(self.boxes)] + [o for o in found[len(self.boxes) :] if o.score >= self.control.found_threshold]
             self.objects += [o.keypoints for o in sure]
             self.scores += [o.score for o in sure]
 

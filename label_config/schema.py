@@ -3,7 +3,8 @@
 `parse(config)` takes any Label Studio config that has KeyPointLabels on an Image: several controls, other tags around them,
 nested Views, aliases, names in any script. Attributes of the control that mean something here (all optional):
 
-    model_score_threshold   0…1: objects whose score is below it are not drawn (default 0)
+    model_score_threshold   0…1: objects whose score is below it are not drawn (default 0; where all objects are looked for, those
+                            that nobody drew a box for need 0.3)
     model_point_threshold   0…1: points whose score is below it are not drawn (default 0)
     model_point_size        diameter of drawn points, pixels of the image (default: 0.5 % of its width)
     model_add_bboxes        "false": the box control is read, but predictions draw no boxes (default "true"); then one object is found
@@ -39,6 +40,7 @@ from kptllm_core.keypoints import KeypointSchema, symmetric_pairs
 from label_config.markup import children_of, flag, fraction, integer, number, parse_xml, show, wire_of
 
 OCCLUDED_WORDS = ("occluded", "hidden", "invisible", "not visible", "verdeckt", "occulté", "oculto")
+FOUND = 0.3  # score below which an object that was found is rather none, unless the config says otherwise
 UNDEFINED = "$undefined$"  # the key under which Label Studio imports plain files, until a config names it
 
 EXAMPLE = """<View>
@@ -76,6 +78,7 @@ class KeypointControl:
     occluded_choice: str = ""  # its choice that means "hidden", as the wire carries it
     missing: str = "unlabelled"
     score_threshold: float = 0.0
+    found_threshold: float = FOUND  # the same for objects that nobody drew a box for
     point_threshold: float = 0.0
     point_size: float | None = None  # pixels; None: half a per cent of the image's width
     add_bboxes: bool = True
@@ -212,6 +215,7 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
     return KeypointControl(
         from_name, to_name, image.get("value", ""), schema, wire, shown, box, occluded, choice, missing,
         score_threshold=fraction(element, "model_score_threshold", 0.0),
+        found_threshold=fraction(element, "model_score_threshold", FOUND),
         point_threshold=fraction(element, "model_point_threshold", 0.0),
         point_size=number(element, "model_point_size", None),
         add_bboxes=flag(element, "model_add_bboxes", True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,29 @@ def read_coco(path: Path) -> LabelledSet:
     if things:
         notes.append(f"{len(things)} images that annotations name are not among 'images' (id {', '.join(map(str, list(things)[:3]))} …)")
     return LabelledSet(images, notes)
+
+
+def coco_of(categories: dict[str, tuple[list[str], list[tuple[int, int]]]], images: Iterable[LabelledImage]) -> dict[str, Any]:
+    """The inverse of `read_coco`: objects with points or a box → COCO's JSON. categories: name → points in order, pairs of their
+    indices that are joined. Every image needs its size; a box that is missing is the hull of the points."""
+    numbers = {name: number for number, name in enumerate(categories, 1)}
+    found: dict[str, Any] = {"images": [], "annotations": [], "categories": [
+        {"id": numbers[name], "name": name, "supercategory": "", "keypoints": points, "skeleton": [[a + 1, b + 1] for a, b in pairs]}
+        for name, (points, pairs) in categories.items()
+    ]}  # fmt: skip
+    for number, image in enumerate(images, 1):
+        width, height = image.size or (0, 0)
+        found["images"].append({"id": number, "file_name": image.name, "width": width, "height": height})
+        for thing in image.things:
+            points = [thing.points.get(name) for name in categories[thing.category][0]]
+            xs, ys = ([getattr(p, axis) for p in points if p] for axis in ("x", "y"))
+            x, y, w, h = thing.box or (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+            flat = [value for p in points for value in ((round(p.x, 3), round(p.y, 3), p.visibility) if p else (0, 0, 0))]
+            found["annotations"].append({
+                "id": len(found["annotations"]) + 1, "image_id": number, "category_id": numbers[thing.category], "iscrowd": 0,
+                "keypoints": flat, "num_keypoints": len(xs), "bbox": [round(v, 3) for v in (x, y, w, h)], "area": round(w * h, 3),
+            })  # fmt: skip
+    return found
 
 
 def _thing(file: Path, annotation: dict[str, Any], names: dict[Any, tuple[str, list[str]]]) -> LabelledThing | None:

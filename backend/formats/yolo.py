@@ -1,10 +1,14 @@
 """Ultralytics YOLO pose: data.yaml, images/ and, beside them, labels/ with a text file per image (https://docs.ultralytics.com/datasets/pose/).
 
     class cx cy w h  x1 y1 [v1]  x2 y2 [v2] …      one line per object; all as fractions of the image's width and height
+
+Label Studio's YOLO export has no data.yaml: its notes.json names the classes, and the points, but these in the order of the label
+config and not of the lines, which is that of model_index.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,12 +28,33 @@ HOW = (
 def read_yolo(path: Path, names: list[str] | None = None) -> LabelledSet:
     """path: data.yaml, or the folder that holds it. names: of the keypoints, when data.yaml does not name them. Raises DataError."""
     file = next((p for p in (path / "data.yaml", path / "data.yml") if p.is_file()), path / "data.yaml") if path.is_dir() else path
+    if not file.is_file() and (file.parent / "notes.json").is_file():
+        return _read(file, _label_studio(file.parent / "notes.json", names), names)
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror}). Expected the data.yaml of a YOLO pose data set.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is no YAML: {str(error)[:200]}.") from None
+    return _read(file, data, names)
+
+
+def _label_studio(notes: Path, names: list[str] | None) -> dict[str, Any]:
+    """The data.yaml that Label Studio's export lacks."""
+    try:
+        classes = {int(c["id"]): (str(c["name"]), c.get("keypoints") or []) for c in json.loads(notes.read_text(encoding="utf-8"))["categories"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{notes} does not name classes as Label Studio's YOLO export does ({type(error).__name__} {error}).") from None
+    count = max((len(points) for _, points in classes.values()), default=0)
+    if not count:
+        raise DataError(f"{notes} names no keypoints, so this is no export of a project with KeyPointLabels and boxes.")
+    if names is None:
+        raise DataError(f"{notes} does not say in which order the lines hold the {count} points: it is that of model_index in the label config. "
+                        "Give it: --names config takes the label config's own order.")  # fmt: skip
+    return {"names": {number: name for number, (name, _) in classes.items()}, "kpt_shape": [count, 3]}
+
+
+def _read(file: Path, data: Any, names: list[str] | None) -> LabelledSet:
     if not isinstance(data, dict) or "kpt_shape" not in data:
         raise DataError(f"{file} has no kpt_shape, so it is no YOLO *pose* data set. Expected e.g. kpt_shape: [17, 3].")
     shape = data["kpt_shape"]

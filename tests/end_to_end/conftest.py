@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,23 +39,29 @@ class Stack:
         return Tour(project, f"{self.backend}/projects/{project.id}/status", int(entry["id"]), print)
 
 
-@pytest.fixture(scope="session")
-def stack(
-    label_studio_server: tuple[str, Login], tiny_model: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Stack]:
-    url, login = label_studio_server
+@contextmanager
+def product_beside(server: tuple[str, Login], model: str, folder: Path) -> Iterator[Stack]:
+    """The product with this model beside that Label Studio."""
+    url, login = server
     port, core = free_port(), free_port()
     backend = f"http://{LOOPBACK}:{port}"
-    folder = tmp_path_factory.mktemp("product")
     data = {"DATA_DIR": str(folder / "backend"), "DATABASE_URL": journal_url(folder / "backend")}
     service = product(folder, {
         "LABEL_STUDIO_URL": url, "LABEL_STUDIO_API_KEY": login.token, "HOST": LOOPBACK, "PORT": str(port),
-        "CORE_PORT": str(core), "CORE_URL": "", "MODEL": tiny_model, "ROUND_SECONDS": str(ROUND_SECONDS), **data,
+        "CORE_PORT": str(core), "CORE_URL": "", "MODEL": model, "ROUND_SECONDS": str(ROUND_SECONDS), **data,
     })  # fmt: skip
     service.start(answers(f"{backend}/health", "base"), 300)
     beside = {"LABEL_STUDIO_URL": url, "LABEL_STUDIO_API_KEY": login.token, "CORE_URL": f"http://{LOOPBACK}:{core}", **data}
     yield Stack(url, login, backend, {**os.environ, **beside})
     service.stop()
+
+
+@pytest.fixture(scope="session")
+def stack(
+    label_studio_server: tuple[str, Login], tiny_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Stack]:
+    with product_beside(label_studio_server, tiny_model, tmp_path_factory.mktemp("product")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,0 +1,102 @@
+"""`python -m backend export`: what people labelled in a Label Studio project, as COCO keypoints.
+
+Label Studio's own COCO export writes all keypoints of an image as one object, where several then overwrite each other, in whole
+pixels, and without the hidden ones. Its YOLO export keeps objects apart (by the parents of the points), so there is none here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from backend.formats.coco import coco_of
+from backend.formats.labels import LabelledImage, LabelledPoint, LabelledThing
+from backend.intake import annotation_row
+from backend.label_studio import LabelStudio
+from backend.services import Services
+from backend.settings import Settings
+from kptllm_core.errors import InvalidInput
+from label_config.annotations import ReadResult, read_result
+from label_config.schema import KeypointControl, LabelConfig, parse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command. Everything else comes from the backend's environment variables."""
+    parser.description = (
+        "Writes what people labelled in a Label Studio project as COCO keypoints: every object with its own box and points, in the order of "
+        "model_index. Of several annotations of a task the ground truth counts, else the newest. Needs the same environment variables as "
+        "the backend."
+    )
+    parser.add_argument("path", type=Path, help="the JSON file to write; images are named as Label Studio's own exports name them")
+    parser.add_argument("--project", type=int, required=True, help="the project's number, as in /projects/7/")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when all labels were written, 1 when some are not clear; those are told."""
+    services = Services.make(Settings.from_env())
+    try:
+        if not services.has_token:
+            raise InvalidInput("Label Studio wants a token: set LABEL_STUDIO_API_KEY (a personal access token) as for the backend.")
+        config = parse(str(services.label_studio.project(args.project).get("label_config") or ""))
+        problems: list[str] = []
+        images = list(labelled_images(services.label_studio, args.project, config, problems))
+    finally:
+        services.journal.close()
+    categories = {kind: (list(c.labels), list(c.schema.skeleton)) for kind, c in _kinds(config).items()}
+    args.path.parent.mkdir(parents=True, exist_ok=True)
+    args.path.write_text(json.dumps(coco_of(categories, images)), encoding="utf-8")
+    print(f"{args.path}: {len(images)} images with {sum(len(image.things) for image in images)} objects.")
+    for problem in problems:
+        print(f"– {problem}.")
+    return 1 if problems else 0
+
+
+def labelled_images(label_studio: LabelStudio, project: int, config: LabelConfig, problems: list[str]) -> Iterator[LabelledImage]:
+    """Every labelled task's image with its objects, also those with a box alone. `problems` gets what is not clear, in words."""
+    for task in label_studio.tasks(project, annotated=True):
+        rows = [annotation_row(str(project), a, int(task["id"]), config) for a in task.get("annotations") or []]
+        counted = sorted((r for r in rows if r.counts), key=lambda r: (r.ground_truth, r.updated_us, r.annotation))
+        result = counted[-1].result if counted else []
+        pictures: dict[str, tuple[list[LabelledThing], tuple[int, int]]] = {}
+        for kind, control in _kinds(config).items():
+            url, size = control.image_of(task["data"]), _size(result, control)
+            if url and size:
+                read = read_result(control, result, *size)
+                problems += [f"task {task['id']}: {problem}" for problem in read.problems]
+                pictures.setdefault(PurePosixPath(unquote(urlsplit(url).path)).name, ([], size))[0].extend(_things(control, kind, read))
+        for name, (things, size) in pictures.items():
+            yield LabelledImage(name, tuple(things), size=size)
+
+
+def _kinds(config: LabelConfig) -> dict[str, KeypointControl]:
+    """Category → control. Controls whose objects are called the same are told apart by their names."""
+    kinds = [c.schema.category for c in config.controls]
+    return {k if kinds.count(k) == 1 else f"{k} ({c.from_name})": c for k, c in zip(kinds, config.controls, strict=True)}
+
+
+def _size(result: list[Any], control: KeypointControl) -> tuple[int, int] | None:
+    """Width and height of the control's image as its regions tell them; None without regions."""
+    for region in result:
+        if isinstance(region, dict) and region.get("to_name") == control.to_name:
+            size = region.get("original_width"), region.get("original_height")
+            if all(isinstance(v, (int, float)) and v >= 1 for v in size):
+                return int(size[0]), int(size[1])  # type: ignore[arg-type]
+    return None
+
+
+def _things(control: KeypointControl, kind: str, read: ReadResult) -> Iterator[LabelledThing]:
+    for found in read.objects:
+        rows = zip(control.labels, found.keypoints.xy.astype(float), found.keypoints.visibility, found.keypoints.placed, strict=True)
+        points = {label: LabelledPoint(float(xy[0]), float(xy[1]), int(v)) for label, xy, v, placed in rows if placed}
+        yield LabelledThing(points, _four(found.box.box) if found.box else None, kind)
+    held = {found.box.region_id for found in read.objects if found.box}
+    yield from (LabelledThing({}, _four(box.box), kind) for box in read.boxes if box.region_id not in held)
+
+
+def _four(box: Any) -> tuple[float, float, float, float]:
+    x, y, w, h = (float(v) for v in box)
+    return x, y, w, h
