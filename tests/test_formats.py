@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import label_files
-from backend.formats.labels import LabelledImage, LabelledSet
+from backend.formats.coco import coco_of
+from backend.formats.labels import LabelledImage, LabelledPoint, LabelledSet, LabelledThing
 from backend.formats.read import read_labels
 from kptllm_core.errors import DataError, InvalidInput
 
@@ -35,6 +36,21 @@ def test_coco(tmp_path: Path) -> None:
     assert first.things[0].category == "dog"
     assert placed(second) == {"nose": (11, 13, 2), "ear": (31, 37, 1)}
     assert labels.names() == {"dog": ["nose", "tail", "ear"]}
+
+
+def test_what_is_written_as_coco_is_read_again(tmp_path: Path) -> None:
+    one = LabelledThing({"tail": LabelledPoint(20.5, 24.25, 1), "nose": LabelledPoint(10, 12)}, (5, 5, 30, 20), "dog")
+    other = LabelledThing({"nose": LabelledPoint(1, 2), "tail": LabelledPoint(4, 8)}, None, "dog")
+    boxed = LabelledThing({}, (1, 2, 3, 4), "dog")
+    image = LabelledImage("a.png", (one, other, boxed), size=(64, 48))
+    data = coco_of({"dog": (["nose", "tail"], [(0, 1)])}, [image, LabelledImage("b.png", (), size=(9, 9))])
+    assert [a["num_keypoints"] for a in data["annotations"]] == [2, 2, 0] and data["categories"][0]["skeleton"] == [[1, 2]]
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps(data))
+    (found,) = read_labels("coco", file).images
+    assert (found.name, found.size) == ("a.png", (64, 48))
+    assert [thing.points for thing in found.things] == [one.points, other.points]
+    assert [thing.box for thing in found.things] == [(5, 5, 30, 20), (1, 2, 3, 6)]
 
 
 def test_coco_leaves_crowds_and_boxes_aside_and_says_so(tmp_path: Path) -> None:
@@ -283,3 +299,23 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read_labels("coco", label_files.coco(tmp_path), ["a"])
     with pytest.raises(DataError, match="holds no labelled point"):
         read_labels("coco", label_files.coco(tmp_path, []))
+
+
+def test_label_studios_yolo_export(tmp_path: Path) -> None:
+    """It has no data.yaml, and its notes name the points in another order than the lines have them."""
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.txt").write_text("0 0.5 0.5 0.4 0.2 0.1 0.2 2 0.0 0.0 0\n0 0.2 0.2 0.1 0.1 0.15 0.2 2 0.25 0.2 2")
+    (tmp_path / "classes.txt").write_text("dog\n")
+    notes = tmp_path / "notes.json"
+    notes.write_text(json.dumps({"categories": [{"id": 0, "name": "dog", "keypoints": ["tail", "nose"]}], "info": {}}))
+    (image,) = read_labels("yolo", tmp_path, ["nose", "tail"]).images
+    assert image.relative and [set(thing.points) for thing in image.things] == [{"nose"}, {"nose", "tail"}]
+    assert placed(image, 1) == {"nose": (0.15, 0.2, 2), "tail": (0.25, 0.2, 2)} and image.things[0].category == "dog"
+    with pytest.raises(DataError, match="in which order .* --names config"):
+        read_labels("yolo", tmp_path)
+    notes.write_text(json.dumps({"categories": [{"id": 0, "name": "dog"}]}))
+    with pytest.raises(DataError, match="names no keypoints"):
+        read_labels("yolo", tmp_path, ["nose", "tail"])
+    notes.write_text("[]")
+    with pytest.raises(DataError, match="does not name classes"):
+        read_labels("yolo", tmp_path, ["nose", "tail"])
