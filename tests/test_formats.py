@@ -311,7 +311,7 @@ def test_label_studios_yolo_export(tmp_path: Path) -> None:
     (image,) = read_labels("yolo", tmp_path, ["nose", "tail"]).images
     assert image.relative and [set(thing.points) for thing in image.things] == [{"nose"}, {"nose", "tail"}]
     assert placed(image, 1) == {"nose": (0.15, 0.2, 2), "tail": (0.25, 0.2, 2)} and image.things[0].category == "dog"
-    with pytest.raises(DataError, match="in which order .* --names config"):
+    with pytest.raises(DataError, match=r"in which order .* --names config"):
         read_labels("yolo", tmp_path)
     notes.write_text(json.dumps({"categories": [{"id": 0, "name": "dog"}]}))
     with pytest.raises(DataError, match="names no keypoints"):

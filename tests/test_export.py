@@ -1,0 +1,69 @@
+"""`python -m backend export`: what people labelled, several objects apart, as COCO keypoints that can be read again."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backend import export_command
+from backend.formats.coco import read_coco
+from backend.services import Services
+from backend_world import WITH_BOX, World, rectangle, region, world
+from small_label_studio import SmallLabelStudio, label_studio_of
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Iterator[World]:
+    with world(tmp_path / "world", label_studio_api_key="0123456789abcdef0123456789abcdef01234567") as made:
+        made.services.label_studio._pause = 0.01
+        yield made
+
+
+@pytest.fixture
+def studio(here: World) -> SmallLabelStudio:
+    config = WITH_BOX
+    for label, index in (("nose", 1), ("tail", 0), ("ear", 2)):
+        config = config.replace(f'<Label value="{label}"/>', f'<Label value="{label}" model_index="{index}"/>')
+    return label_studio_of(here, config)
+
+
+def export(here: World, path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(Services, "make", lambda settings: here.services)
+    return export_command.run(argparse.Namespace(project=1, path=path))
+
+
+def dog(at: float, name: str) -> list[dict[str, Any]]:
+    nose, tail = (region(label, at + 2 + i, 10 + i, parentID=name, id=f"{name}-{label}") for i, label in enumerate(("nose", "tail")))
+    return [rectangle(at, 5, 20, 20, id=name), nose, tail]
+
+
+def test_objects_are_apart_and_the_ground_truth_counts(here: World, studio: SmallLabelStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    one, skipped, other, _ = studio.add(4)
+    studio.annotate(one, [*dog(0, "a"), *dog(40, "b"), rectangle(70, 60, 20, 30, id="c")], ground_truth=True)
+    studio.annotate(one, dog(10, "z"))
+    studio.annotate(skipped, dog(0, "a"), was_cancelled=True)
+    studio.annotate(other, dog(0, "a"))
+    assert export(here, tmp_path / "out" / "annotations.json", monkeypatch) == 0
+    assert "2 images with 4 objects" in capsys.readouterr().out
+    found = read_coco(tmp_path / "out" / "annotations.json")
+    first, second = found.images
+    assert (first.name, first.size, len(first.things), len(second.things)) == ("1.png", (64, 48), 2, 1)
+    assert first.things[0].category == "dog" and first.things[1].box == pytest.approx((25.6, 2.4, 12.8, 9.6))
+    assert {n: (p.x, p.y, p.visibility) for n, p in first.things[1].points.items()} == {
+        "nose": pytest.approx((26.88, 4.8, 2)), "tail": pytest.approx((27.52, 5.28, 2))}  # fmt: skip
+    assert found.names() == {"dog": ["tail", "nose"]}  # in the order of model_index
+    assert found.notes[0].startswith("1 annotations have no keypoints")  # the box alone
+
+
+def test_labels_that_are_not_clear_are_told(here: World, studio: SmallLabelStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    (task,) = studio.add(1)
+    studio.annotate(task, [*dog(0, "a"), *dog(10, "b"), region("ear", 15, 20)])
+    assert export(here, tmp_path / "annotations.json", monkeypatch) == 1
+    assert "task 1: 'ear'" in capsys.readouterr().out
+    assert [len(image.things) for image in read_coco(tmp_path / "annotations.json").images] == [2]
