@@ -56,6 +56,14 @@ def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
     }
 
 
+def summary(scenes: Sequence[Scene]) -> dict[str, Any]:
+    """The figures of each category, and their means over the categories that have objects."""
+    names = dict.fromkeys(s.category for s in scenes)
+    each = {name: figures([s for s in scenes if s.category == name]) for name in names}
+    values = {k: [f[k] for f in each.values() if f[k] is not None] for k in ("box_ap50", "box_ap", "recall50", "oks_ap")}
+    return {**{k: float(np.mean(v)) if v else None for k, v in values.items()}, "per_category": each}
+
+
 def images_of(samples: Sequence[Sample]) -> list[list[Sample]]:
     """The objects of each image."""
     found: dict[str, list[Sample]] = {}

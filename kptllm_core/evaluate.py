@@ -192,14 +192,11 @@ def _instances(predictor: Predictor, categories: Sequence[Category], options: Op
             read = reader.read(map(_upright, samples), category.schema)
             if read:
                 found = predictor.predict_objects([read[0][0]], category.schema, shown if options.prompt != "text" else [], prompt=options.prompt)
-                scenes.append(crowds.Scene(category.name, [truth for _, truth, _ in read], found[0]))
+                scenes.append(crowds.Scene(category.name, [t for _, t, q in read if q.sample.keypoints.placed.any()], found[0]))
     if not scenes:
         raise DataError(f"None of the {len(reader.unreadable)} images could be read. Check the folder 'images'.")
-    each = {c.name: crowds.figures([s for s in scenes if s.category == c.name]) for c in categories}
-    mean = {k: [f[k] for f in each.values() if f[k] is not None] for k in ("box_ap50", "box_ap", "recall50", "oks_ap")}
     return {
-        **{k: float(np.mean(v)) if v else None for k, v in mean.items()},
-        "per_category": each,
+        **crowds.summary(scenes),
         "seconds_per_image": (time.perf_counter() - begin) / len(scenes),
         "unreadable": sorted(reader.unreadable),
     }
@@ -208,7 +205,7 @@ def _instances(predictor: Predictor, categories: Sequence[Category], options: Op
 def _scenes(category: Category, options: Options) -> list[tuple[list[Sample], list[list[Sample]]]]:
     """Support objects, and the whole images that they are asked for: of other groups where there are enough."""
     rng = stream(category.name, options.seed)
-    every = crowds.images_of(category.samples)
+    every = crowds.images_of([*category.samples, *category.empty])
     order = rng.permutation(len(every))[: options.episodes * options.queries]
     plan = []
     for start in range(0, len(order), options.queries):
