@@ -28,6 +28,7 @@ from kptllm_core.dataset import Sample
 from kptllm_core.draw import contact_sheet
 from kptllm_core.episodes import Images
 from kptllm_core.errors import DataError, ImageError, InvalidInput, TooLarge
+from kptllm_core.finder import SEEN
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from kptllm_core.options import Options, add_arguments
 from kptllm_core.predictor import Example, Predictor, load_predictor
@@ -188,11 +189,12 @@ def _instances(predictor: Predictor, categories: Sequence[Category], options: Op
     begin = time.perf_counter()
     for category, (support, images) in _progress(plan):
         shown = [Example(image, truth) for image, truth, _ in reader.read(map(_upright, support), category.schema)]
+        shown = shown if options.prompt != "text" else []
         for samples in images:
             read = reader.read(map(_upright, samples), category.schema)
             if read:
-                found = predictor.predict_objects([read[0][0]], category.schema, shown if options.prompt != "text" else [], prompt=options.prompt)
-                scenes.append(crowds.Scene(category.name, [t for _, t, q in read if q.sample.keypoints.placed.any()], found[0]))
+                (found,) = predictor.predict_objects([read[0][0]], category.schema, shown, prompt=options.prompt, least=SEEN)
+                scenes.append(crowds.Scene(category.name, [t for _, t, q in read if q.sample.keypoints.placed.any()], found))
     if not scenes:
         raise DataError(f"None of the {len(reader.unreadable)} images could be read. Check the folder 'images'.")
     return {

@@ -19,7 +19,7 @@ from kptllm_core.checkpoint import Checkpoint, load_adapter, load_checkpoint
 from kptllm_core.claims import Taken, claims, yielded
 from kptllm_core.decoder import Answer, Support, peak
 from kptllm_core.errors import InvalidInput
-from kptllm_core.finder import WINDOW, Found
+from kptllm_core.finder import SHOWN, WINDOW, Found
 from kptllm_core.geometry import (
     Crop,
     box_of_points,
@@ -155,17 +155,18 @@ class Predictor:
         return [self._finish(*item, prepared) for item in zip(sets, boxes, images, strict=True)]
 
     def predict_objects(self, images: Sequence[np.ndarray], schema: KeypointSchema, support: Sequence[Example] = (),
-                        boxes: Sequence[np.ndarray | None] | None = None, prompt: str = "auto",
-                        find: bool = True) -> list[list[Instance]]:  # fmt: skip
+                        boxes: Sequence[np.ndarray | None] | None = None, prompt: str = "auto", find: bool = True,
+                        least: float = SHOWN) -> list[list[Instance]]:  # fmt: skip
         """The points of every object in each image, any number of them, also none: those that were given a box first.
 
-        boxes: (N, 4) x, y, w, h in pixels for each image, as people drew them: used as they are. find: look for the others, too.
-        The rest is as in `predict`. Where objects lie on each other, no point is used by two of them.
+        boxes: (N, 4) x, y, w, h in pixels for each image, as people drew them: used as they are. find: look for the others, too,
+        and answer with those whose score is at least `least`. The rest is as in `predict`. Where objects lie on each other, no
+        point is used by two of them.
         """
         given = [np.zeros((0, 4)) if b is None else np.asarray(b, np.float64).reshape(-1, 4) for b in boxes or [None] * len(images)]
         answers: list[list[Instance]] = []
         for image, own in zip(images, given, strict=True):
-            found = self.find_objects(image, schema, support, prompt) if find else Found(np.zeros((0, 4)), np.zeros(0))
+            found = self.find_objects(image, schema, support, prompt, least) if find else Found(np.zeros((0, 4)), np.zeros(0))
             new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)
             every = np.concatenate([own, found.boxes[new]])
             scores = [1.0] * len(own) + found.score[new].tolist()
@@ -182,7 +183,8 @@ class Predictor:
             answers.append([Instance(s, v) for s, v in zip(sets, scores, strict=True)])
         return answers
 
-    def find_objects(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example] = (), prompt: str = "auto") -> Found:
+    def find_objects(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example] = (), prompt: str = "auto",
+                     least: float = SHOWN) -> Found:  # fmt: skip
         """Boxes of all objects of one image, the surest first."""
         if support and prompt != "text":
             with torch.inference_mode():
@@ -206,7 +208,7 @@ class Predictor:
                     scores.append(found.score.sigmoid().cpu().numpy())
             return np.concatenate(boxes), np.concatenate(scores)
 
-        return finder.find(detect, image.shape[1], image.shape[0], share, self.size)
+        return finder.find(detect, image.shape[1], image.shape[0], share, self.size, least)
 
     def name_points(self, image: np.ndarray, xy: np.ndarray, box: np.ndarray | None = None,
                     candidates: Sequence[str] | None = None) -> list[tuple[str, float]]:  # fmt: skip

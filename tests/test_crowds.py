@@ -31,8 +31,12 @@ def test_all_found_none_found_and_too_many_found() -> None:
     assert figures([half])["recall50"] == 0.5 and figures([half])["box_ap50"] < 0.5
     beside = Scene("fish", truth, [Instance(an_object(8, 0), 0.9)])
     assert figures([beside])["recall50"] == 0.5 and figures([beside])["box_ap"] < figures([beside])["box_ap50"]
+    twice = Scene("fish", truth, [Instance(t, s) for t, s in zip([*truth, truth[0], truth[1]], (0.9, 0.8, 0.4, 0.1), strict=True)])
+    assert figures([twice])["extra"] == 1.0 and figures([right])["extra"] == 0.0  # the fourth is not shown
+    unsure = Scene("fish", truth, [Instance(t, 0.1) for t in truth])
+    assert figures([unsure])["recall50"] == 0.0 and figures([unsure])["box_ap50"] == 1.0
     nothing = figures([Scene("fish", [], [Instance(truth[0], 0.9)]), Scene("fish", [], [])])
-    assert nothing["recall50"] is None and nothing["found_in_empty"] == 0.5
+    assert nothing["recall50"] is None and nothing["extra"] == 0.5
     both = summary([right, Scene("bird", truth, [])])
     assert both["recall50"] == 0.5 and both["per_category"]["fish"]["recall50"] == 1.0
 
