@@ -15,8 +15,8 @@ import numpy as np
 from kptllm_core import metrics
 from kptllm_core.dataset import Sample
 from kptllm_core.errors import DataError
-from kptllm_core.finder import SHOWN
-from kptllm_core.instances import MOST, box_iou
+from kptllm_core.finder import COUNTED, SHOWN
+from kptllm_core.instances import box_iou
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.predictor import Instance
 
@@ -36,8 +36,8 @@ class Scene:
 def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
     """{"box_ap50", "box_ap", "recall50", "oks_ap", "extra", "images", "objects"}; None where there is no true object.
 
-    Average precision reads the whole ranking. recall50: share of the true objects that a *shown* box (score of at least `SHOWN`) overlaps
-    by half; extra: shown boxes per image that overlap none by half, or one that a surer box has.
+    Average precision reads the ranking of up to `COUNTED` boxes an image. recall50: share of the true objects that a *shown* box
+    (score of at least `SHOWN`) overlaps by half; extra: shown boxes per image that overlap none by half, or one that a surer box has.
     """
     boxes, points, hit, total, extra = [], [], 0, 0, 0
     for scene in scenes:
@@ -50,10 +50,10 @@ def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
         matched = int((iou[scores >= SHOWN].max(0, initial=0) >= 0.5).sum()) if len(mine) else 0
         total, hit, extra = total + len(true), hit + matched, extra + int((scores >= SHOWN).sum()) - matched
     return {
-        "box_ap50": metrics.average_precision(boxes, 0.5, MOST),
-        "box_ap": metrics.mean_ap(boxes, MOST),
+        "box_ap50": metrics.average_precision(boxes, 0.5, COUNTED),
+        "box_ap": metrics.mean_ap(boxes, COUNTED),
         "recall50": hit / total if total else None,
-        "oks_ap": metrics.mean_ap(points, MOST),
+        "oks_ap": metrics.mean_ap(points, COUNTED),
         "extra": extra / len(scenes),
         "images": len(scenes),
         "objects": total,

@@ -17,7 +17,8 @@ from kptllm_core.instances import distinct
 WINDOW = 2.4  # side of a search window, in sides of the support's objects
 MAX_WINDOWS = 64
 SHOWN = 0.3  # least score of a box that a person is shown
-SEEN = 0.05  # least score of a box where all are counted: average precision reads the whole ranking
+SEEN = 0.05  # least score of a box where all are counted: average precision reads the whole ranking …
+COUNTED = 20  # … of this many, as COCO counts people with keypoints
 BORDER = 0.01  # of a window: a box that ends there, inside the image, is a part of an object that another window holds whole
 
 

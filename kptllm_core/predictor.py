@@ -29,7 +29,7 @@ from kptllm_core.geometry import (
     crop_of_image,
 )
 from kptllm_core.imaging import warp
-from kptllm_core.instances import box_iou
+from kptllm_core.instances import MOST, box_iou
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
 from kptllm_core.lexicon import lexicon
@@ -156,18 +156,18 @@ class Predictor:
 
     def predict_objects(self, images: Sequence[np.ndarray], schema: KeypointSchema, support: Sequence[Example] = (),
                         boxes: Sequence[np.ndarray | None] | None = None, prompt: str = "auto", find: bool = True,
-                        least: float = SHOWN) -> list[list[Instance]]:  # fmt: skip
+                        least: float = SHOWN, most: int = MOST) -> list[list[Instance]]:  # fmt: skip
         """The points of every object in each image, any number of them, also none: those that were given a box first.
 
         boxes: (N, 4) x, y, w, h in pixels for each image, as people drew them: used as they are. find: look for the others, too,
-        and answer with those whose score is at least `least`. The rest is as in `predict`. Where objects lie on each other, no
+        and answer with at most `most`, whose score is at least `least`. The rest is as in `predict`. Where objects lie on each other, no
         point is used by two of them.
         """
         given = [np.zeros((0, 4)) if b is None else np.asarray(b, np.float64).reshape(-1, 4) for b in boxes or [None] * len(images)]
         answers: list[list[Instance]] = []
         for image, own in zip(images, given, strict=True):
             found = self.find_objects(image, schema, support, prompt, least) if find else Found(np.zeros((0, 4)), np.zeros(0))
-            new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)
+            new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)[:most]
             every = np.concatenate([own, found.boxes[new]])
             scores = [1.0] * len(own) + found.score[new].tolist()
             sets = self.predict([image] * len(every), schema, support, list(every), prompt) if len(every) else []
