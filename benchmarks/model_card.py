@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 
 from benchmarks import one_pass, rounds, tables
@@ -37,6 +38,7 @@ from kptllm_core.dataset import held_out, load_coco
 from kptllm_core.errors import DataError, InvalidInput, KptError
 from kptllm_core.keypoints import Visibility
 from kptllm_core.predictor import load_predictor
+from kptllm_core.synthetic import Category, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- measured: start -->", "<!-- measured: end -->"
@@ -52,11 +54,15 @@ EVALUATIONS: dict[str, dict[str, tuple[str, ...]]] = {  # table → name → fla
         f"{turned}{name}": (*(flags if name == "untrained" else ("--baseline", name)), *(("--rotate",) if turned else ()))
         for name, flags in zip(tables.BASELINES, (("--untrained",), (), (), ()), strict=True) for turned in ("", "rotated ")
     },
+    "objects": {
+        f"objects {prompt}": ("--task", "instances", "--shots", "5", "--prompt", prompt, "--episodes", "10") for prompt in tables.PROMPTED
+    },
     "ablations": {f"without {part}": ("--without", part) for part in tables.ABLATED},
 }  # fmt: skip
 NAMING = ("--task", "name", "--part", "heldout")
 TABLES = (*EVALUATIONS, "naming", "latency", "rounds", "recipes")
 LABELS = (10, 20, 50)
+SCENES = (6, 12, 384)  # rendered kinds with several objects, images of each, pixels
 LEAST_SCORED = 10  # images that a round must leave to be scored, and objects with occluded points worth a row
 RECIPES_ON = ("dlc_horse_walk", "dpk_fly")  # two kinds: animals in motion, one animal in one place
 OPEN = ("glue_tubes", "dpk_fly")  # sets whose pictures may lie in the repository; renderings may, too
@@ -88,19 +94,24 @@ class Plan:
     seed: int
     recipes: dict[str, dict[str, Any]]
 
+    @property
+    def scenes(self) -> Path:
+        return self.reports.parent / "rendered_scenes"
+
     def evaluation(self, folder: Path, name: str, flags: tuple[str, ...]) -> Measurement:
         """Classical matching knows no weights: its reports serve every checkpoint whose crops are as large."""
         owner = f"classical{self.crop}" if name.endswith(("sift", "template")) else self.base
         size = f"{self.episodes}x{self.queries}"
         file = self.reports / f"{owner}-{folder.name}-{name.replace(' ', '-')}-{size}.json"
-        call = ("--model", self.model, "--data", str(folder), "--episodes", str(self.episodes), "--queries", str(self.queries),
+        data = [part for kind in (sorted(folder.glob("kind_*")) or [folder]) for part in ("--data", str(kind))]
+        call = ("--model", self.model, *data, "--episodes", str(self.episodes), "--queries", str(self.queries),
                 *flags, "--out", str(file))  # fmt: skip
         return Measurement(call, None if "--baseline" in flags or "--untrained" in flags else self.base, file)
 
     def evaluations(self) -> Iterator[tuple[str, str, Path, Measurement]]:
         """(table, name, folder, measurement) of all."""
         for table, named in EVALUATIONS.items():
-            for folder in self.data:
+            for folder in (*self.data, *([self.scenes] if table == "objects" else ())):
                 for name, flags in named.items():
                     yield table, name, folder, self.evaluation(folder, name, flags)
         for folder in self.trained:
@@ -153,8 +164,19 @@ def measure_latency(model: str, file: Path, repeats: int = 9) -> None:
     report.write_json(file, {"seconds": seconds, "threads": torch.get_num_threads(), "device": str(predictor.device)})
 
 
+def render_scenes(target: Path) -> None:
+    """Kinds that were never seen, with 0 to 12 objects an image; kept from run to run."""
+    kinds, images, size = SCENES
+    for number in range(kinds):
+        folder = target / f"kind_{number}"
+        if not (folder / "annotations.json").is_file():
+            write_dataset(folder, Category.sample(np.random.default_rng([2026, number])), images, seed=number, size=size, objects=(0, 12))
+
+
 def run(plan: Plan, only: Sequence[str], jobs: int) -> dict[str, str]:
     """Measures what is missing. Returns {measurement: why it failed}."""
+    if "objects" in only:
+        render_scenes(plan.scenes)
     tasks = {f"{folder.name} {name}": m for table, name, folder, m in plan.evaluations() if table in only}
     failed = run_each(measure, {n: m for n, m in tasks.items() if not m.file.is_file()}, jobs)
     if "latency" in only and not plan.latency.is_file():

@@ -35,16 +35,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.parallel import run_each
-from kptllm_core import adapters, metrics, report
+from kptllm_core import adapters, crowds, metrics, report
 from kptllm_core.checkpoint import Checkpoint, load_checkpoint
 from kptllm_core.dataset import Sample, load_coco
 from kptllm_core.errors import DataError, InvalidInput, KptError
+from kptllm_core.finder import COUNTED, SEEN
 from kptllm_core.keypoints import KeypointSchema
 from kptllm_core.predictor import Example, Predictor
 from kptllm_core.scoring import PointPredictor, score_predictor
 from kptllm_core.train import ADAPT, Recipe, train_adapter
 
 SCORED = 100  # images at most
+SEARCHED = 40  # of them, for all objects that they show
 SUPPORT = 8  # of the labelled images, as the backend takes at twenty labels
 SECONDS = 150.0
 CONFIGURED = ("lora_rank", "lora_alpha")
@@ -133,13 +135,14 @@ def measure(task: Round, reports: Path) -> None:
         if predictor.base != task.base:
             raise KptError(f"The weights are now {predictor.base}; the round was to measure {task.base}. Start again.")
         score = partial(_scores, predictor, others, schema, support, ("given", "found") if task.found else ("given",))
-        before = score()
+        seek = partial(_objects, predictor, samples, others, schema, support)
+        before = score() | seek()
         made = train_adapter(
             task.model, [snapshot], Path(work) / "adapter", seed=task.seed, recipe=recipe,
             loaded=configured(load_checkpoint(task.model), changes),
         )  # fmt: skip
         predictor.use_adapter(Path(work) / "adapter")
-        after = score()
+        after = score() | seek()
     result = {
         "base": task.base, "folder": task.folder.name, "labels": task.labels, "seed": task.seed, "groups_apart": apart,
         "objects": len(others), "images": len({s.image_path for s in others}), "shots": len(support), "changes": changes,
@@ -198,10 +201,25 @@ def _scores(
     return found
 
 
+def _objects(predictor: Predictor, samples: Sequence[Sample], others: Sequence[Sample], schema: KeypointSchema,
+             support: Sequence[Example]) -> dict[str, Any]:  # fmt: skip
+    """{"objects": how well all objects of whole images are found}, on up to `SEARCHED` of the scored images."""
+    wanted = list(dict.fromkeys(s.image_path for s in others))[:SEARCHED]
+    scenes = []
+    for path in wanted:
+        there = [s for s in samples if s.image_path == path]
+        (found,) = predictor.predict_objects([there[0].read()], schema, support, least=SEEN, most=COUNTED)
+        scenes.append(crowds.Scene(schema.category, [s.keypoints for s in there], found))
+    return {"objects": crowds.figures(scenes)}
+
+
 def line(result: dict[str, Any]) -> str:
     """A result in one line."""
     parts = [f"{result['folder']}, {result['labels']} labels"]
     for how, after in result["after"].items():
+        if how == "objects":
+            parts.append(f"objects: recall {result['before'][how]['recall50']:.2f} → {after['recall50']:.2f}, AP50 {after['box_ap50']:.2f}")
+            continue
         before = result["before"][how]["pck"]
         gains = (f"@{at} {before[at]:.3f} → {after['pck'][at]:.3f}" for at in ("0.02", "0.05", "0.1"))
         low, high = after["pck_ci"]["0.1"]

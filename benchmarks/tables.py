@@ -15,6 +15,7 @@ Report = dict[str, Any]
 Cells = Sequence[str]
 NONE = "–"
 BASELINES = ("untrained", "correlation", "sift", "template")
+PROMPTED = ("visual", "text", "both")
 ABLATED = ("identify", "extractor", "llm", "refinement")
 ROUND_50 = ("dlc_horse_walk", "glue_tubes", "dpk_fly")
 PRECISE, NAMED_ELSEWHERE = "fly_wing", "dpk_fly"
@@ -86,6 +87,7 @@ def targets(found: Findings) -> list[Target]:
     naming = {n: r["naming_accuracy"] for n, r in found.naming.items()}
     twenty = {n: _after(found, n, 20, "0.1") for n in found.counted}
     fifty = {n: _after(found, n, 50, "0.05") for n in ROUND_50}
+    recalled = {n: float(r[20]["after"]["objects"]["recall50"]) for n, r in found.rounds.items() if "objects" in r.get(20, {}).get("after", {})}
     fast = found.latency["seconds"]["one pass, K = 17"] * 1000 if found.latency else None
     on = f"{found.latency['threads']} threads" if found.latency else ""
     return [
@@ -99,6 +101,8 @@ def targets(found: Findings) -> list[Target]:
         Target(f"text alone, PCK@0.1 ({NAMED_ELSEWHERE})", 0.30, 0.80, text),
         Target("naming accuracy, unseen groups of training categories, open set", 0.80, 0.95,
                _whole_mean(naming), _each(naming)),
+        Target("objects found (recall at 0.5) after a LoRA round on 20, least", 0.80, 0.95, min(recalled.values(), default=None),
+               _each(recalled)),
         Target("latency, 17 points, support cached, ms", None, 100, fast, on, less=True),
         Target("checkpoint, MB", 15, 10, found.bytes / 1e6, less=True),
     ]  # fmt: skip
@@ -118,6 +122,10 @@ def card(found: Findings) -> list[str]:
          "--without`): what this model leans on, not what a model trained without it could do."),
         ("Occluded and absent points", visibility_table(found), "1-shot, boxes given. *Cut*: a third of each query's object is cut off, as "
          "by the border of a photograph. *Unseen groups*: of a training set whose people marked what is occluded."),
+        ("All objects of whole images", objects_table(found), "`evaluate --task instances --shots 5 --episodes 10`, no box is given. Box AP50, "
+         "box AP (0.5 to 0.95), recall at an overlap of 0.5 by the boxes that a person is shown (score of 0.3), the wrong ones among these for each "
+         "image (*extra*), and OKS-AP of the points that come with the boxes (σ 0.05), for each prompt. "
+         "*rendered_scenes*: 0 to 12 objects of kinds that were never seen."),
         ("Naming", naming_table(found), "Groups of the training sets that `held_out` names (the recipe above says which runs left them "
          "out). Open set: any name may be written; names "
          "are the same by the rule of `kptllm_core.language.plain_words`."),
@@ -204,6 +212,19 @@ def visibility_table(found: Findings) -> list[str]:
     return markdown(("category", "images", "the point is", "points", "said: absent", "occluded", "visible"), rows)
 
 
+def objects_table(found: Findings) -> list[str]:
+    """How well all objects of an image are found, with each prompt."""
+    rows = []
+    for name, reports in found.evaluations.items():
+        if any(f"objects {p}" in reports for p in PROMPTED):
+            told = [reports.get(f"objects {p}") for p in PROMPTED]
+            first = next(r for r in told if r)
+            seen = [sum(c[key] for c in first["per_category"].values()) for key in ("images", "objects")]
+            figures = (" / ".join(_number(r.get(key) if r else None) for key in ("box_ap50", "box_ap", "recall50", "extra", "oks_ap")) for r in told)
+            rows.append((name, f"{seen[1]} on {seen[0]}", *figures))
+    return markdown(("category", "objects on images", *(f"{p}: AP50 / AP / recall / extra / OKS-AP" for p in PROMPTED)), rows)
+
+
 def naming_table(found: Findings) -> list[str]:
     rows: list[Cells] = [
         (n, str(r["points"]), _number(r["naming_accuracy"]), _number(r["naming_accuracy_closed"]))
@@ -225,9 +246,10 @@ def rounds_table(found: Findings) -> list[str]:
     for name, by_labels in found.rounds.items():
         for labels, r in sorted(by_labels.items()):
             apart = "" if r["groups_apart"] else " (of the same group)"
-            rows.append((name, str(labels), f"{r['objects']}{apart}", *(_gain(r, at) for at in ("0.02", "0.05", "0.1")),
+            rows.append((name, str(labels), f"{r['objects']}{apart}", *(_gain(r, at) for at in ("0.02", "0.05", "0.1")), _recalled(r),
                          f"{r['steps']} / {r['seconds']:.0f} s / {r['threads']}"))  # fmt: skip
-    return markdown(("category", "labels", "scored objects", "@.02", "@.05", "@.1 (95 % after)", "steps / time / threads"), rows)
+    return markdown(("category", "labels", "scored objects", "@.02", "@.05", "@.1 (95 % after)", "objects found: recall at .5",
+                     "steps / time / threads"), rows)  # fmt: skip
 
 
 def recipes_table(found: Findings) -> list[str]:
@@ -281,6 +303,11 @@ def _gain(result: Report, at: str) -> str:
     before, after = result["before"]["given"]["pck"][at], result["after"]["given"]["pck"][at]
     low, high = result["after"]["given"]["pck_ci"][at]
     return f"{before:.2f} → **{after:.2f}**" + (f" ({low:.2f}–{high:.2f})" if at == "0.1" else "")
+
+
+def _recalled(result: Report) -> str:
+    before, after = (result[when].get("objects") for when in ("before", "after"))
+    return f"{_number(before['recall50'])} → **{_number(after['recall50'])}**" if before and after else NONE
 
 
 def _whole_mean(values: Mapping[str, float | None]) -> float | None:

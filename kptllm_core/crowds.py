@@ -15,10 +15,12 @@ import numpy as np
 from kptllm_core import metrics
 from kptllm_core.dataset import Sample
 from kptllm_core.errors import DataError
-from kptllm_core.instances import MOST, box_iou
+from kptllm_core.finder import COUNTED, SHOWN
+from kptllm_core.instances import box_iou
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.predictor import Instance
 
+FIGURES = ("box_ap50", "box_ap", "recall50", "oks_ap", "extra")
 SIGMA = 0.05  # of every point in OKS: categories that nobody measured the annotators' spread on
 
 
@@ -32,8 +34,12 @@ class Scene:
 
 
 def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
-    """{"box_ap50", "box_ap", "recall50", "oks_ap", "images", "objects", "found_in_empty"}; None where there is no true object."""
-    boxes, points, hit, total, empty = [], [], 0, 0, []
+    """{"box_ap50", "box_ap", "recall50", "oks_ap", "extra", "images", "objects"}; None where there is no true object.
+
+    Average precision reads the ranking of up to `COUNTED` boxes an image. recall50: share of the true objects that a *shown* box
+    (score of at least `SHOWN`) overlaps by half; extra: shown boxes per image that overlap none by half, or one that a surer box has.
+    """
+    boxes, points, hit, total, extra = [], [], 0, 0, 0
     for scene in scenes:
         scores = np.array([i.score for i in scene.found])
         true = np.array([t.object_box() for t in scene.truth], np.float64).reshape(-1, 4)
@@ -41,19 +47,25 @@ def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
         iou = box_iou(mine, true)
         boxes.append((scores, iou))
         points.append((scores, _oks(scene)))
-        total += len(true)
-        hit += int((iou.max(0, initial=0) >= 0.5).sum()) if len(mine) else 0
-        if not len(true):
-            empty.append(len(mine))
+        matched = int((iou[scores >= SHOWN].max(0, initial=0) >= 0.5).sum()) if len(mine) else 0
+        total, hit, extra = total + len(true), hit + matched, extra + int((scores >= SHOWN).sum()) - matched
     return {
-        "box_ap50": metrics.average_precision(boxes, 0.5, MOST),
-        "box_ap": metrics.mean_ap(boxes, MOST),
+        "box_ap50": metrics.average_precision(boxes, 0.5, COUNTED),
+        "box_ap": metrics.mean_ap(boxes, COUNTED),
         "recall50": hit / total if total else None,
-        "oks_ap": metrics.mean_ap(points, MOST),
+        "oks_ap": metrics.mean_ap(points, COUNTED),
+        "extra": extra / len(scenes),
         "images": len(scenes),
         "objects": total,
-        "found_in_empty": float(np.mean(empty)) if empty else None,
     }
+
+
+def summary(scenes: Sequence[Scene]) -> dict[str, Any]:
+    """The figures of each category, and their means over the categories that have objects."""
+    names = dict.fromkeys(s.category for s in scenes)
+    each = {name: figures([s for s in scenes if s.category == name]) for name in names}
+    values = {k: [f[k] for f in each.values() if f[k] is not None] for k in FIGURES}
+    return {**{k: float(np.mean(v)) if v else None for k, v in values.items()}, "per_category": each}
 
 
 def images_of(samples: Sequence[Sample]) -> list[list[Sample]]:

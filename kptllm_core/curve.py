@@ -15,7 +15,7 @@ from kptllm_core.episodes import Augmentation, Labelled
 from kptllm_core.model import KptLLM
 from kptllm_core.objective import collate, loss_of
 
-STILL = Augmentation(upright=1.0, anyway=0.0, loose=0.0, colour=0.0, flip=0.0)
+STILL = Augmentation(upright=1.0, anyway=0.0, loose=0.0, colour=0.0, flip=0.0, cut=0.0, covered=0.0)
 BATCHES, EPISODES = 8, 4  # of two views each: one is the other's support
 ONLY_BOTH = (1.0, 0.0, 0.0)
 

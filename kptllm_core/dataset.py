@@ -57,6 +57,8 @@ class KeypointDataset:
 
     folder: Path
     samples: list[Sample]
+    empty: list[Sample]
+    """Images on which no object is annotated, as objects without a point; none where the folder has several categories."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -105,12 +107,14 @@ def load_coco(folder: str | Path) -> KeypointDataset:
         images = {i["id"]: i for i in data["images"]}
         usable = [a for a in data["annotations"] if not a.get("iscrowd") and a.get("keypoints")]
         samples = [_placed(folder, f"annotation {a.get('id')}", _sample, folder, a, images, schemas) for a in usable]
+        bare = [] if len(schemas) != 1 else [i for i in images if i not in {a["image_id"] for a in data["annotations"]}]
+        empty = [_placed(folder, f"image {i}", _sample, folder, _nothing(images[i], schemas), images, schemas) for i in bare]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{path} is not COCO keypoints: {type(error).__name__} {error}. "
                         "Expected images, annotations, categories with 'keypoints'.") from None  # fmt: skip
     if not schemas:
         raise DataError(f"{path}: no category has 'keypoints'.")
-    return KeypointDataset(folder, samples)
+    return KeypointDataset(folder, samples, empty)
 
 
 def schema_of_category(category: dict[str, Any]) -> KeypointSchema:
@@ -146,6 +150,13 @@ def _placed(folder: Path, where: str, read: Callable[..., Any], *material: Any) 
         raise
     except (InvalidInput, ValueError) as error:
         raise DataError(f"{folder}: {where}: {error}") from None
+
+
+def _nothing(image: dict[str, Any], schemas: dict[Any, KeypointSchema]) -> dict[str, Any]:
+    """An annotation of the whole image, of the only category, without a point."""
+    ((kind, schema),) = schemas.items()
+    box = [0, 0, image.get("width") or 1, image.get("height") or 1]
+    return {"image_id": image["id"], "category_id": kind, "keypoints": [0] * (3 * len(schema)), "bbox": box}
 
 
 def _sample(folder: Path, annotation: dict[str, Any], images: dict[Any, dict[str, Any]], schemas: dict[Any, KeypointSchema]) -> Sample:

@@ -28,6 +28,7 @@ from kptllm_core.dataset import Sample
 from kptllm_core.draw import contact_sheet
 from kptllm_core.episodes import Images
 from kptllm_core.errors import DataError, ImageError, InvalidInput, TooLarge
+from kptllm_core.finder import COUNTED, SEEN
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from kptllm_core.options import Options, add_arguments
 from kptllm_core.predictor import Example, Predictor, load_predictor
@@ -188,18 +189,16 @@ def _instances(predictor: Predictor, categories: Sequence[Category], options: Op
     begin = time.perf_counter()
     for category, (support, images) in _progress(plan):
         shown = [Example(image, truth) for image, truth, _ in reader.read(map(_upright, support), category.schema)]
+        shown = shown if options.prompt != "text" else []
         for samples in images:
             read = reader.read(map(_upright, samples), category.schema)
             if read:
-                found = predictor.predict_objects([read[0][0]], category.schema, shown if options.prompt != "text" else [], prompt=options.prompt)
-                scenes.append(crowds.Scene(category.name, [truth for _, truth, _ in read], found[0]))
+                (found,) = predictor.predict_objects([read[0][0]], category.schema, shown, prompt=options.prompt, least=SEEN, most=COUNTED)
+                scenes.append(crowds.Scene(category.name, [t for _, t, q in read if q.sample.keypoints.placed.any()], found))
     if not scenes:
         raise DataError(f"None of the {len(reader.unreadable)} images could be read. Check the folder 'images'.")
-    each = {c.name: crowds.figures([s for s in scenes if s.category == c.name]) for c in categories}
-    mean = {k: [f[k] for f in each.values() if f[k] is not None] for k in ("box_ap50", "box_ap", "recall50", "oks_ap")}
     return {
-        **{k: float(np.mean(v)) if v else None for k, v in mean.items()},
-        "per_category": each,
+        **crowds.summary(scenes),
         "seconds_per_image": (time.perf_counter() - begin) / len(scenes),
         "unreadable": sorted(reader.unreadable),
     }
@@ -208,7 +207,7 @@ def _instances(predictor: Predictor, categories: Sequence[Category], options: Op
 def _scenes(category: Category, options: Options) -> list[tuple[list[Sample], list[list[Sample]]]]:
     """Support objects, and the whole images that they are asked for: of other groups where there are enough."""
     rng = stream(category.name, options.seed)
-    every = crowds.images_of(category.samples)
+    every = crowds.images_of([*category.samples, *category.empty])
     order = rng.permutation(len(every))[: options.episodes * options.queries]
     plan = []
     for start in range(0, len(order), options.queries):

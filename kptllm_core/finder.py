@@ -16,7 +16,9 @@ from kptllm_core.instances import distinct
 
 WINDOW = 2.4  # side of a search window, in sides of the support's objects
 MAX_WINDOWS = 64
-SEEN = 0.1  # least score of a box
+SHOWN = 0.3  # least score of a box that a person is shown
+SEEN = 0.05  # least score of a box where all are counted: average precision reads the whole ranking …
+COUNTED = 20  # … of this many, as COCO counts people with keypoints
 BORDER = 0.01  # of a window: a box that ends there, inside the image, is a part of an object that another window holds whole
 
 
@@ -31,8 +33,11 @@ Detect = Callable[[Sequence[Crop]], tuple[np.ndarray, np.ndarray]]
 """Crops of one image → boxes (C, N, 4) left, top, right, bottom in 0…1 of each crop, and scores (C, N)."""
 
 
-def find(detect: Detect, width: int, height: int, share: float | None, size: int, least: float = SEEN) -> Found:
-    """share: of the support's objects in their images, longer sides, or None without support. size: side of the crops, pixels."""
+def find(detect: Detect, width: int, height: int, share: float | None, size: int, least: float = SHOWN) -> Found:
+    """Boxes with a score of at least `least`.
+
+    share: of the support's objects in their images, longer sides, or None without support. size: side of the crops, pixels.
+    """
     crops = [crop_of_image(width, height, size)]
     if share is not None and share * WINDOW < 0.9:
         crops += windows(width, height, share * max(width, height) * WINDOW, size)

@@ -16,9 +16,10 @@ from torch import Tensor
 from kptllm_core import finder
 from kptllm_core.adapters import AdapterSwitch
 from kptllm_core.checkpoint import Checkpoint, load_adapter, load_checkpoint
+from kptllm_core.claims import Taken, claims, yielded
 from kptllm_core.decoder import Answer, Support, peak
 from kptllm_core.errors import InvalidInput
-from kptllm_core.finder import WINDOW, Found
+from kptllm_core.finder import SHOWN, WINDOW, Found
 from kptllm_core.geometry import (
     Crop,
     box_of_points,
@@ -28,17 +29,18 @@ from kptllm_core.geometry import (
     crop_of_image,
 )
 from kptllm_core.imaging import warp
-from kptllm_core.instances import box_iou
+from kptllm_core.instances import MOST, box_iou
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
 from kptllm_core.lexicon import lexicon
 from kptllm_core.model import Asked
-from kptllm_core.vision import Features
+from kptllm_core.vision import Features, grid_positions
 
 PROMPTS = ("auto", "visual", "text", "both")
 MAX_SHOTS = 10
 BATCH = 8  # crops in one pass
 SAME_AS_GIVEN = 0.5  # overlap (IoU) with a drawn box from which on a found one is the same object
+GONE = 20.0  # logits below a heatmap's least: nothing pulls a point there
 MAX_WINDOWS = 25  # in which one object alone is looked for
 
 
@@ -139,34 +141,50 @@ class Predictor:
             named = prompt != "visual"
             order = None if asked is None else [schema.index(n) for n in asked]
             found = [b if b is not None else self._find(i, schema, prepared, named) for i, b in zip(images, boxes, strict=True)]
-            crops = [self._crop(i, b) for i, b in zip(images, found, strict=True)]
-            sets: list[KeypointSet] = []
-            for start in range(0, len(images), BATCH):
-                part = slice(start, start + BATCH)
-                tight = prepared.tight if prepared else None
-                sets += self._answer(images[part], crops[part], schema, tight, named, order, fixed[part])
-        return [self._finish(*item, prepared) for item in zip(sets, found, images, strict=True)]
+            return self._points(images, found, schema, prepared, named, order, fixed)
+
+    def _points(self, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray | None], schema: KeypointSchema, prepared: _Prepared | None,
+                named: bool, order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None,
+                taken: Sequence[Taken] | None = None) -> list[KeypointSet]:  # fmt: skip
+        crops = [self._crop(i, b) for i, b in zip(images, boxes, strict=True)]
+        tight = prepared.tight if prepared else None
+        sets: list[KeypointSet] = []
+        for start in range(0, len(images), BATCH):
+            part = slice(start, start + BATCH)
+            sets += self._answer(images[part], crops[part], schema, tight, named, order, fixed and fixed[part], taken and taken[part])
+        return [self._finish(*item, prepared) for item in zip(sets, boxes, images, strict=True)]
 
     def predict_objects(self, images: Sequence[np.ndarray], schema: KeypointSchema, support: Sequence[Example] = (),
-                        boxes: Sequence[np.ndarray | None] | None = None, prompt: str = "auto",
-                        find: bool = True) -> list[list[Instance]]:  # fmt: skip
+                        boxes: Sequence[np.ndarray | None] | None = None, prompt: str = "auto", find: bool = True,
+                        least: float = SHOWN, most: int = MOST) -> list[list[Instance]]:  # fmt: skip
         """The points of every object in each image, any number of them, also none: those that were given a box first.
 
-        boxes: (N, 4) x, y, w, h in pixels for each image, as people drew them: used as they are. find: look for the others, too.
-        The rest is as in `predict`.
+        boxes: (N, 4) x, y, w, h in pixels for each image, as people drew them: used as they are. find: look for the others, too,
+        and answer with at most `most`, whose score is at least `least`. The rest is as in `predict`. Where objects lie on each other, no
+        point is used by two of them.
         """
         given = [np.zeros((0, 4)) if b is None else np.asarray(b, np.float64).reshape(-1, 4) for b in boxes or [None] * len(images)]
         answers: list[list[Instance]] = []
         for image, own in zip(images, given, strict=True):
-            found = self.find_objects(image, schema, support, prompt) if find else Found(np.zeros((0, 4)), np.zeros(0))
-            new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)
+            found = self.find_objects(image, schema, support, prompt, least) if find else Found(np.zeros((0, 4)), np.zeros(0))
+            new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)[:most]
             every = np.concatenate([own, found.boxes[new]])
             scores = [1.0] * len(own) + found.score[new].tolist()
             sets = self.predict([image] * len(every), schema, support, list(every), prompt) if len(every) else []
+            claimed = claims(sets)
+            if again := [i for i, claim in enumerate(claimed) if claim]:
+                with torch.inference_mode():
+                    prepared = self._prepare(schema, support) if support and prompt != "text" else None
+                    others = self._points([image] * len(again), [every[i] for i in again], schema, prepared, prompt != "visual",
+                                          taken=[claimed[i] for i in again])  # fmt: skip
+                for i, points in zip(again, others, strict=True):
+                    sets[i] = points
+                sets = yielded(sets)
             answers.append([Instance(s, v) for s, v in zip(sets, scores, strict=True)])
         return answers
 
-    def find_objects(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example] = (), prompt: str = "auto") -> Found:
+    def find_objects(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example] = (), prompt: str = "auto",
+                     least: float = SHOWN) -> Found:  # fmt: skip
         """Boxes of all objects of one image, the surest first."""
         if support and prompt != "text":
             with torch.inference_mode():
@@ -190,7 +208,7 @@ class Predictor:
                     scores.append(found.score.sigmoid().cpu().numpy())
             return np.concatenate(boxes), np.concatenate(scores)
 
-        return finder.find(detect, image.shape[1], image.shape[0], share, self.size)
+        return finder.find(detect, image.shape[1], image.shape[0], share, self.size, least)
 
     def name_points(self, image: np.ndarray, xy: np.ndarray, box: np.ndarray | None = None,
                     candidates: Sequence[str] | None = None) -> list[tuple[str, float]]:  # fmt: skip
@@ -260,7 +278,8 @@ class Predictor:
         return box if min(box[2], box[3]) > 1 else None
 
     def _answer(self, images: Sequence[np.ndarray], crops: Sequence[Crop], schema: KeypointSchema, support: Support | None, named: bool,
-                order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None) -> list[KeypointSet]:  # fmt: skip
+                order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None,
+                taken: Sequence[Taken] | None = None) -> list[KeypointSet]:  # fmt: skip
         """One pass over some crops → points in image pixels."""
         model, batch = self.model, len(images)
         features = model.encode(self._pixels(images, crops))
@@ -275,10 +294,22 @@ class Predictor:
         _, state = model.ask(features, whole, part.token, asked)
         planes = model.correlate(features, part)
         heat = model.locate(features, part, state, planes)
+        for row, claimed in enumerate(taken or ()):
+            self._leave(heat[row], claimed, crops[row])
         if order is not None and len(order) < len(schema):
             return [self._plain(names, heat[i], crops[i]) for i in range(batch)]
         answer = model.refine(heat, planes, features, part, state, asked.valid, **self._clicks(fixed, crops, names))
         return [self._set(names, answer, i, crops[i]) for i in range(batch)]
+
+    def _leave(self, heat: Tensor, claimed: Taken, crop: Crop) -> None:
+        """Where other objects have a point, (K, H, W) heat is taken away."""
+        height, width = heat.shape[-2:]
+        cells = (grid_positions(height, width, heat.device) * self.size).view(height, width, 2)
+        for point, places in claimed.items():
+            for x, y, reach in places:
+                x, y = crop.to_crop(np.array([[x, y]]))[0]
+                near = (cells - torch.tensor([x, y], device=heat.device)).norm(dim=-1) < max(reach * crop.scale, self.size / width)
+                heat[point][near] = heat[point].min() - GONE
 
     def _clicks(self, fixed: Sequence[KeypointSet | None] | None, crops: Sequence[Crop], names: list[str]) -> dict[str, Tensor]:
         if fixed is None or all(f is None for f in fixed):

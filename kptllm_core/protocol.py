@@ -55,6 +55,8 @@ class Category:
     schema: KeypointSchema
     samples: Sequence[Sample]
     supports: Sequence[Sample]
+    empty: Sequence[Sample] = ()
+    """Images without such an object, as objects without a point."""
 
 
 def load_categories(folders: Sequence[Path], support: Path | None = None) -> list[Category]:
@@ -67,7 +69,7 @@ def load_categories(folders: Sequence[Path], support: Path | None = None) -> lis
             key = name if name not in found else f"{folder.name}/{name}"
             if key in found:
                 raise DataError(f"Category '{name}' of {folder} is given twice. Name each folder once.")
-            found[key] = Category(key, samples[0].schema, samples, supports)
+            found[key] = Category(key, samples[0].schema, samples, supports, load_coco(folder).empty)
     return list(found.values())
 
 

@@ -195,7 +195,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _instances_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    keys = ("box_ap50", "box_ap", "recall50", "oks_ap")
+    keys = ("box_ap50", "box_ap", "recall50", "extra", "oks_ap")
     width = max(len(name) for name, _ in rows)
     head = " " * width + "".join(f"{k:>11}" for k in keys)
     return "\n".join([head, *(name.ljust(width) + "".join(f"{_number(row[k]):>11}" for k in keys) for name, row in rows)])

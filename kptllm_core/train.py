@@ -85,6 +85,8 @@ class Recipe:
     """Share of batches with twice the views in half the episodes: many shots."""
     scenes: float = 1.0
     """Share of episodes that also ask for the boxes of all objects in a whole image."""
+    self_pairs: float = 0.0
+    """Of a round: share of episodes that show an image and its own warps, with points that nobody labelled."""
     renaming: float = 0.0
     """Share of episodes whose names are written in another style of the lexicon."""
 
@@ -333,7 +335,9 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     loop = Loop(model, recipe, _state_file(out), device, about)
     resumed = loop.resume() if resume else False
     shape = Augmentation(upright=0.7, anyway=0.05, loose=0.35, colour=0.7, cut=0.1, covered=0.15)
-    sources: list[tuple[Source, float]] = [(Labelled(samples, shape, recipe.max_points), 1.0)]
+    images = Images()
+    sources: list[tuple[Source, float]] = [(Labelled(samples, shape, recipe.max_points, images), 1 - recipe.self_pairs),
+                                           (SelfPairs(samples, shape, recipe.max_points, images), recipe.self_pairs)]  # fmt: skip
     batches = _stream(sources, found.tokenizer, recipe, model.config.image_size, loop.step, loop.parts)
     if not loop.run(batches, progress, should_stop):
         raise InvalidInput(f"The round was stopped at step {loop.step}. Its state is kept; resume to go on.")

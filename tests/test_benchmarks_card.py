@@ -59,7 +59,7 @@ def test_rounds_count_when_every_category_was_measured() -> None:
     assert value(found, "PCK@0.1 after").value == pytest.approx(0.85)
     assert value(found, "fly_wing").reached == "aim"
     text = "\n".join(tables.card(found))
-    assert "| dpk_fly | 50 | 90 | 0.30 → **0.80** | 0.30 → **0.80** | 0.30 → **0.80** (0.70–0.90) | 100 / 180 s / 2 |" in text
+    assert "| dpk_fly | 50 | 90 | 0.30 → **0.80** | 0.30 → **0.80** | 0.30 → **0.80** (0.70–0.90) | – | 100 / 180 s / 2 |" in text
 
 
 def test_what_was_not_measured_has_no_table() -> None:
@@ -74,6 +74,18 @@ def test_naming_is_the_mean_of_its_categories() -> None:
     found = Findings("tiny-0", 0, naming=naming)
     assert value(found, "naming").value == pytest.approx(0.7)
     assert "| *over all points* | 400 | 0.80 | 0.90 |" in tables.naming_table(found)
+
+
+def test_objects_of_whole_images_have_a_table_and_a_target() -> None:
+    kind = {"images": 6, "objects": 9}
+    asked = {"box_ap50": 0.5, "box_ap": 0.25, "recall50": 0.75, "extra": 2.0, "oks_ap": None, "per_category": {"tube": kind, "fish": kind}}
+    after = {"before": {"objects": {"recall50": 0.4}}, "after": {"objects": {"recall50": 0.9}}}
+    points = {"given": {"pck": dict.fromkeys(("0.02", "0.05", "0.1"), 0.5), "pck_ci": dict.fromkeys(("0.02", "0.05", "0.1"), (0.4, 0.6))}}
+    done = {"groups_apart": True, "objects": 9, "steps": 1, "seconds": 1.0, "threads": 2, **{k: {**v, **points} for k, v in after.items()}}
+    found = Findings("tiny-0", 0, evaluations={"glue_tubes": {"objects both": asked}}, rounds={"glue_tubes": {20: done}})
+    assert "| glue_tubes | 18 on 12 | – / – / – / – / – | – / – / – / – / – | 0.50 / 0.25 / 0.75 / 2.00 / – |" in tables.objects_table(found)
+    assert any("0.40 → **0.90**" in line for line in tables.rounds_table(found))
+    assert value(found, "objects found").value == 0.9
 
 
 def test_the_curve_keeps_its_end_and_what_was_watched() -> None:
@@ -128,7 +140,7 @@ def test_evaluate_knows_every_flag_of_the_plan(tmp_path: Path) -> None:
     for _, _, _, measurement in plan.evaluations():
         assert parser.parse_args(measurement.flags).out == measurement.file
         files.add(measurement.file)
-    assert len(files) == len(list(plan.evaluations())) == sum(map(len, model_card.EVALUATIONS.values())) + 1
+    assert len(files) == len(list(plan.evaluations())) == sum(map(len, model_card.EVALUATIONS.values())) + len(tables.PROMPTED) + 1
 
 
 def test_pictures_of_images_that_are_not_ours_stay_out_of_the_repository(tmp_path: Path, tiny_model: str) -> None:

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from kptllm_core.claims import claims, yielded
 from kptllm_core.errors import DataError
 from kptllm_core.finder import Found, find, windows
 from kptllm_core.geometry import Crop
 from kptllm_core.instances import Detected, assign, box_iou, distinct, instances_loss, overlap
+from kptllm_core.keypoints import KeypointSet
+from kptllm_core.predictor import Example, load_predictor
+from kptllm_core.synthetic import Category
 
 
 def test_cells_answer_for_the_object_whose_middle_they_are_in() -> None:
@@ -107,3 +111,31 @@ def test_support_for_scenes_comes_from_elsewhere() -> None:
     assert all(c.image_path.name != "0.jpg" for c in draw_support(pool, [[pool[0]]], 10, rng))  # type: ignore[arg-type, list-item]
     with pytest.raises(DataError, match="11 objects are left"):
         draw_support(pool, [[pool[0]]], 12, rng)  # type: ignore[arg-type, list-item]
+
+
+def test_a_point_belongs_to_the_surer_object() -> None:
+    names = ("nose", "tail")
+    one = KeypointSet(names, np.array([[10, 10], [50, 50]], float), np.full(2, 2), np.array([0.9, 0.3]), np.array([0, 0, 60, 60.0]))
+    other = KeypointSet(names, np.array([[11, 10], [50, 51]], float), np.full(2, 2), np.array([0.5, 0.8]), np.array([5, 5, 60, 60.0]))
+    far = KeypointSet(names, np.array([[10, 10], [50, 50]], float), np.full(2, 2), np.array([0.1, 0.1]), np.array([100, 100, 60, 60.0]))
+    taken = claims([one, other, far])
+    assert {k: [p[:2] for p in v] for k, v in taken[1].items()} == {0: [(10.0, 10.0)]}
+    assert {k: [p[:2] for p in v] for k, v in taken[0].items()} == {1: [(50.0, 51.0)]}
+    assert taken[2] == {}  # its box touches none of the others
+    left = yielded([one, other, far])
+    assert [o.placed.tolist() for o in left] == [[True, False], [False, True], [True, True]]
+    assert one.placed.all()
+
+
+def test_no_point_is_used_by_two_objects_that_lie_on_each_other() -> None:
+    """Two people draw nearly the same box: by itself each would get the same points."""
+    predictor = load_predictor("tiny")
+    category, rng = Category.sample(np.random.default_rng(3)), np.random.default_rng(4)
+    (shown, points), (image, truth) = category.render(rng, 96), category.render(rng, 96)
+    assert truth.box is not None
+    boxes = np.stack([truth.box, truth.box + [1, 0, 0, 0], truth.box])
+    alone = predictor.predict([image] * 2, category.schema, [Example(shown, points)], list(boxes[:2]))
+    assert any(claims(alone))
+    (found,) = predictor.predict_objects([image], category.schema, [Example(shown, points)], [boxes], find=False)
+    assert len(found) == 3 and not any(claims([i.keypoints for i in found]))
+    assert sum(int(i.keypoints.placed.sum()) for i in found) > len(category.schema)  # the others found other places

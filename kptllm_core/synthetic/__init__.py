@@ -194,10 +194,13 @@ def insect() -> Category:
     return Category(template, names, style, "insect")
 
 
-def write_dataset(folder: str | Path, category: Category | str, count: int, seed: int, size: int = 384) -> None:
+def write_dataset(
+    folder: str | Path, category: Category | str, count: int, seed: int, size: int = 384, objects: tuple[int, int] | None = None
+) -> None:
     """`count` images as a COCO keypoints folder: annotations.json and images/*.jpg. The kind "insect", or a Category.
 
-    Raises InvalidInput for an unknown kind.
+    objects: least and most objects of an image (0…12), drawn at random; None: one, which fills it. Raises InvalidInput for an
+    unknown kind.
     """
     if isinstance(category, str):
         if category != "insect":
@@ -206,23 +209,20 @@ def write_dataset(folder: str | Path, category: Category | str, count: int, seed
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    images, annotations = [], []
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     for number in range(1, count + 1):
-        image, found = category.render(rng, size)
+        if objects is None:
+            image, one = category.render(rng, size)
+            found = [one]
+        else:
+            image, found = category.scene(rng, size, size, int(rng.integers(objects[0], objects[1] + 1)))
         file_name = f"{category.name}_{number:04d}.jpg"
         Image.fromarray(image).save(folder / "images" / file_name, quality=90)
         images.append(
             {"id": number, "file_name": file_name, "width": size, "height": size, "group": f"render_{number:04d}"}
         )
-        assert found.box is not None
-        flat = [
-            v
-            for (x, y), s in zip(found.xy, found.visibility, strict=True)
-            for v in (round(float(x), 2), round(float(y), 2), int(s))
-        ]
-        box = [round(float(v), 2) for v in found.box]
-        annotations.append({"id": number, "image_id": number, "category_id": 1, "keypoints": flat, "bbox": box, "iscrowd": 0,
-                            "num_keypoints": int(found.placed.sum()), "area": round(box[2] * box[3], 2)})  # fmt: skip
+        annotations += [_annotation(points, len(annotations) + i, number) for i, points in enumerate(found, 1)]
     schema = category.schema
     kind = {"id": 1, "name": schema.category, "supercategory": "rendered", "keypoints": list(schema.names),
             "skeleton": [[a + 1, b + 1] for a, b in schema.skeleton]}  # fmt: skip
@@ -233,3 +233,12 @@ def write_dataset(folder: str | Path, category: Category | str, count: int, seed
         "categories": [kind],
     }
     (folder / "annotations.json").write_text(json.dumps(data), encoding="utf-8")
+
+
+def _annotation(points: KeypointSet, number: int, image: int) -> dict[str, object]:
+    assert points.box is not None
+    placed = zip(points.xy, points.visibility, strict=True)
+    flat = [v for (x, y), s in placed for v in (round(float(x), 2), round(float(y), 2), int(s))]
+    box = [round(float(v), 2) for v in points.box]
+    return {"id": number, "image_id": image, "category_id": 1, "keypoints": flat, "bbox": box, "iscrowd": 0,
+            "num_keypoints": int(points.placed.sum()), "area": round(box[2] * box[3], 2)}  # fmt: skip

@@ -1,0 +1,58 @@
+"""Objects in whole images, measured: rendered scenes with none to many objects, through `evaluate --task instances`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kptllm_core.__main__ import main
+from kptllm_core.crowds import Scene, figures, summary
+from kptllm_core.dataset import load_coco
+from kptllm_core.keypoints import KeypointSet
+from kptllm_core.predictor import Instance
+from kptllm_core.synthetic import Category, write_dataset
+
+NAMES = ("nose", "tail")
+
+
+def an_object(x: float, y: float, side: float = 40.0) -> KeypointSet:
+    return KeypointSet(NAMES, np.array([[x + 5, y + 5], [x + side - 5, y + side - 5]]), np.full(2, 2), box=np.array([x, y, side, side]))
+
+
+def test_all_found_none_found_and_too_many_found() -> None:
+    truth = [an_object(0, 0), an_object(100, 100)]
+    right = Scene("fish", truth, [Instance(t, 0.9) for t in truth])
+    found = figures([right])
+    assert found["recall50"] == found["box_ap50"] == found["oks_ap"] == 1.0 and found["box_ap"] == pytest.approx(1.0)
+    half = Scene("fish", truth, [Instance(truth[0], 0.9), Instance(an_object(300, 300), 0.95)])
+    assert figures([half])["recall50"] == 0.5 and figures([half])["box_ap50"] < 0.5
+    beside = Scene("fish", truth, [Instance(an_object(8, 0), 0.9)])
+    assert figures([beside])["recall50"] == 0.5 and figures([beside])["box_ap"] < figures([beside])["box_ap50"]
+    twice = Scene("fish", truth, [Instance(t, s) for t, s in zip([*truth, truth[0], truth[1]], (0.9, 0.8, 0.4, 0.1), strict=True)])
+    assert figures([twice])["extra"] == 1.0 and figures([right])["extra"] == 0.0  # the fourth is not shown
+    unsure = Scene("fish", truth, [Instance(t, 0.1) for t in truth])
+    assert figures([unsure])["recall50"] == 0.0 and figures([unsure])["box_ap50"] == 1.0
+    nothing = figures([Scene("fish", [], [Instance(truth[0], 0.9)]), Scene("fish", [], [])])
+    assert nothing["recall50"] is None and nothing["extra"] == 0.5
+    both = summary([right, Scene("bird", truth, [])])
+    assert both["recall50"] == 0.5 and both["per_category"]["fish"]["recall50"] == 1.0
+
+
+def test_rendered_scenes_are_evaluated_from_a_folder(tmp_path: Path) -> None:
+    category = Category.sample(np.random.default_rng(5))
+    write_dataset(tmp_path / "scenes", category, 12, seed=1, size=128, objects=(0, 3))
+    data = load_coco(tmp_path / "scenes")
+    counts = [sum(s.image_path == p for s in data.samples) for p in {s.image_path for s in data.samples}]
+    assert max(counts) > 1 and data.empty and len(counts) + len(data.empty) == 12
+    out = tmp_path / "report.json"
+    flags = ["evaluate", "--model", "tiny", "--task", "instances", "--data", str(tmp_path / "scenes"), "--shots", "2", "--episodes", "3",
+             "--queries", "2", "--out", str(out)]  # fmt: skip
+    for prompt in ("visual", "text", "both"):
+        assert main([*flags, "--prompt", prompt]) == 0
+        told = json.loads(out.read_text())
+        assert {"box_ap50", "box_ap", "recall50", "oks_ap"} <= set(told) and told["arguments"]["task"] == "instances"
+        (one,) = told["per_category"].values()
+        assert one["images"] == 6 and 0 <= told["recall50"] <= 1
