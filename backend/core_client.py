@@ -47,11 +47,13 @@ class Query:
 
 @dataclass(frozen=True)
 class AllObjects:
-    """All objects of an image to predict: those whose boxes (x, y, w, h, pixels) people drew, and with `find` the others, too."""
+    """All objects of an image to predict: those whose boxes (x, y, w, h, pixels) people drew, and with `find` the others, too, whose
+    score is at least `least`; None: the core decides."""
 
     image: str
     boxes: Sequence[Sequence[float]] = ()
     find: bool = True
+    least: float | None = None
 
 
 class Instance(NamedTuple):
@@ -287,5 +289,5 @@ class CoreClient:
 def _query(query: Query | AllObjects) -> dict[str, Any]:
     if isinstance(query, AllObjects):
         boxes = [[float(v) for v in box] for box in query.boxes]
-        return {"image": query.image, "objects": {"boxes": boxes, "find": query.find}}
+        return {"image": query.image, "objects": {"boxes": boxes, "find": query.find, "least": query.least}}
     return {"image": query.image, "box": None if query.box is None else [float(v) for v in query.box], "fixed": None}

@@ -67,21 +67,20 @@ class _Item:
         """
         boxes = [[float(v) for v in b.box] for b in self.boxes]
         if self.control.finds_all and not drawn:
-            return [AllObjects(self.sha, boxes)]
+            return [AllObjects(self.sha, boxes, least=self.control.found_threshold)]
         if boxes:
             return [Query(self.sha, box) for box in boxes]
         return [Query(self.sha)] if self.control.box is None or self.control.find_objects else []
 
     def add(self, found: KeypointSet | list[Instance]) -> None:
-        """What the core answered to one of the queries. What it is less sure of than the config asks for was not found."""
+        """What the core answered to one of the queries."""
         self.answered = True
         if isinstance(found, KeypointSet):
             self.objects.append(found)
             self.scores.append(1.0 if self.boxes else None)
         else:
-            sure = found[: len(self.boxes)] + [o for o in found[len(self.boxes) :] if o.score >= self.control.found_threshold]
-            self.objects += [o.keypoints for o in sure]
-            self.scores += [o.score for o in sure]
+            self.objects += [o.keypoints for o in found]
+            self.scores += [o.score for o in found]
 
 
 class Prediction:

@@ -142,8 +142,9 @@ class Engine:
         return [answer for i in range(len(images)) for answer in self._predict(request, support, images[i : i + 1], queries[i : i + 1])]
 
     def _predict_objects(self, request: PredictRequest, support: list[Example], image: np.ndarray, asked: Objects) -> list[Instance] | KptError:
+        least: dict[str, Any] = {} if asked.least is None else {"least": asked.least}
         return self._on_device(request, 1, lambda: self.predictor.predict_objects(
-            [image], request.schema, support=support, boxes=[asked.boxes], prompt=request.prompt, find=asked.find)[0])  # fmt: skip
+            [image], request.schema, support=support, boxes=[asked.boxes], prompt=request.prompt, find=asked.find, **least)[0])  # fmt: skip
 
     def _on_device(self, request: PredictRequest, images: int, predict: Callable[[], T]) -> T | KptError:
         """What `predict` returns with the device to itself, or why its images have no answer. Raises ArtifactError: no image is to blame."""

@@ -41,10 +41,12 @@ class Labelled:
 
 @dataclass(frozen=True, eq=False)
 class Objects:
-    """All objects of an image. `boxes`: (N, 4) x, y, w, h in pixels of those that people drew; `find`: look for the others, too."""
+    """All objects of an image. `boxes`: (N, 4) x, y, w, h in pixels of those that people drew; `find`: look for the others, too,
+    whose score is at least `least` (0…1); None: as much as a person is usually shown."""
 
     boxes: np.ndarray
-    find: bool
+    find: bool = True
+    least: float | None = None
 
     def check_on(self, width: int, height: int) -> None:
         """InvalidInput if a box has nothing in common with its image."""
@@ -248,7 +250,7 @@ def _query(item: Any, at: str, schema: KeypointSchema) -> Query | InvalidInput |
 
 
 def _objects(value: Any, at: str) -> Objects:
-    data = _object(value, at, (), ("boxes", "find"))
+    data = _object(value, at, (), ("boxes", "find", "least"))
     boxes = data.get("boxes", [])
     if isinstance(boxes, list) and len(boxes) > MAX_BOXES:
         raise TooLarge(f"{at}.boxes has {len(boxes)} boxes; at most {MAX_BOXES} objects of one image can be given. Cut the image into parts.")
@@ -256,7 +258,10 @@ def _objects(value: Any, at: str) -> Objects:
     find = data.get("find", True)
     if not isinstance(find, bool):
         raise InvalidInput(f"{at}.find is true (look for objects that have no box yet) or false; found {_short(find)}.")
-    return Objects(np.array(found, np.float64).reshape(-1, 4), find)
+    least = data.get("least")
+    if least is not None and not 0 <= _number(least, f"{at}.least") <= 1:
+        raise InvalidInput(f"{at}.least is a score from 0 to 1; found {_short(least)}.")
+    return Objects(np.array(found, np.float64).reshape(-1, 4), find, least)
 
 
 def _given_box(value: Any, at: str) -> np.ndarray:

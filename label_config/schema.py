@@ -4,7 +4,7 @@
 nested Views, aliases, names in any script. Attributes of the control that mean something here (all optional):
 
     model_score_threshold   0…1: objects whose score is below it are not drawn (default 0; where all objects are looked for, those
-                            that nobody drew a box for need 0.25)
+                            that nobody drew a box for need 0.3)
     model_point_threshold   0…1: points whose score is below it are not drawn (default 0)
     model_point_size        diameter of drawn points, pixels of the image (default: 0.5 % of its width)
     model_add_bboxes        "false": the box control is read, but predictions draw no boxes (default "true"); then one object is found
@@ -40,7 +40,7 @@ from kptllm_core.keypoints import KeypointSchema, symmetric_pairs
 from label_config.markup import children_of, flag, fraction, integer, number, parse_xml, show, wire_of
 
 OCCLUDED_WORDS = ("occluded", "hidden", "invisible", "not visible", "verdeckt", "occulté", "oculto")
-FOUND = 0.25  # score below which an object that was found is rather none, unless the config says otherwise
+FOUND = 0.3  # score below which an object that was found is rather none, unless the config says otherwise
 UNDEFINED = "$undefined$"  # the key under which Label Studio imports plain files, until a config names it
 
 EXAMPLE = """<View>

