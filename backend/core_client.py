@@ -39,10 +39,13 @@ Loader = Callable[[str], bytes]  # hash → the image's bytes
 
 @dataclass(frozen=True)
 class Query:
-    """One object to predict: an image by its hash, and the object's box (x, y, w, h, pixels) or None for the whole image."""
+    """One object to predict: an image by its hash, and the object's box (x, y, w, h, pixels) or None for the whole image.
+
+    fixed: points that a person placed and that the others must agree with."""
 
     image: str
     box: Sequence[float] | None = None
+    fixed: KeypointSet | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,11 @@ class CoreClient:
             "prompt": prompt,
             "support": [{"image": image, "keypoints": points.to_json()} for image, points in support],
             "queries": [
-                {"image": q.image, "box": None if q.box is None else [float(v) for v in q.box], "fixed": None}
+                {
+                    "image": q.image,
+                    "box": None if q.box is None else [float(v) for v in q.box],
+                    "fixed": None if q.fixed is None else q.fixed.to_json(),
+                }
                 for q in queries
             ],
         }
