@@ -21,7 +21,7 @@ from backend.core_client import Query
 from backend.journal import Journal
 from backend.ranking import fact_name
 from kptllm_core.errors import InvalidInput
-from kptllm_core.geometry import clip_box, from_percent
+from kptllm_core.geometry import box_of_points, clip_box, from_percent
 from kptllm_core.keypoints import KeypointSet, Visibility
 from label_config.annotations import DrawnBox, LabelledObject, read_result
 from label_config.checks import BOXES
@@ -84,6 +84,7 @@ class Drawing:
         if new is None:
             return None
         page, sure = _page(control, new, [r for r in regions if r is not new], task, remembered)
+        new = new | {"id": str(new.get("id") or random_id())}
         made = cls(control, size)
         if new["type"] == "keypointlabels":
             made._click(new, page, sure, support, name)
@@ -129,11 +130,13 @@ class Drawing:
         self.kept.discard(clicked)
         self.fixed.pop(clicked, None)
         if new.get("is_positive") is False:
+            if self.control.box is not None and box is None:
+                raise InvalidInput("The negative click lies on no object. Click on one that has a box.")
             self.absent = clicked
             return
         self.fixed[clicked] = self.clicked = place
         self.origins[clicked] = "prediction-changed" if self.origins.get(clicked) in PREDICTED else "manual"
-        self.ids.setdefault(clicked, str(new.get("id") or random_id()))
+        self.ids.setdefault(clicked, new["id"])
         if self.box is None:
             around = _around(clicked, place, support, self.size)
             if self.control.box is None:
@@ -170,10 +173,10 @@ class Drawing:
             points = found[1]
         names = points.names
         xy, visibility, score = points.xy.copy(), points.visibility.copy(), points.score.copy()
-        for i, name in enumerate(names):
-            if name in self.fixed:
-                xy[i], visibility[i], score[i] = self.fixed[name], Visibility.VISIBLE, 1.0
-            elif name == self.absent:
+        for i, point in enumerate(names):
+            if point in self.fixed:
+                xy[i], visibility[i], score[i] = self.fixed[point], Visibility.VISIBLE, 1.0
+            elif point == self.absent:
                 visibility[i] = Visibility.ABSENT
         box = self.box if self.box_region else None  # where nobody drew one, it is the hull of the points
         made = to_regions(self.control, KeypointSet(names, xy, visibility, score, box), *self.size)
@@ -240,7 +243,7 @@ def _page(control: KeypointControl, new: Json, others: Sequence[Json], task: Jso
         shared = len({_key(r) for r in source} & context)
         if shared > most:
             best, most = source, shared
-    page = {_key(r): r for r in best if r.get("id") != new.get("id") and r.get("is_positive") is not False}
+    page = {_key(r): r for r in best if r.get("is_positive") is not False}
     sure = set(page) | {_key(r) for r in others}
     for region_id, entry in remembered.items():
         if _at(page.get(region_id)) == entry["was"]:
@@ -249,6 +252,7 @@ def _page(control: KeypointControl, new: Json, others: Sequence[Json], task: Jso
         was = page.get(_key(region), {})
         click = {"is_positive": True} if was.get("is_positive") and _at(was) == _at(region) else {}
         page[_key(region)] = region | click
+    page.pop(_key(new), None)
     return page, sure
 
 
@@ -259,7 +263,7 @@ def _sources(task: Json) -> list[list[Json]]:
     found = []
     for kind in (_list(task.get("drafts")), annotations, own):
         found += sorted(kind, key=lambda e: str(e.get("updated_at") or e.get("created_at") or ""), reverse=True)
-    return [_list(e.get("result")) for e in found]
+    return [[{"origin": "prediction"} | r if "model_version" in e else r for r in _list(e.get("result"))] for e in found]
 
 
 def _object_at(control: KeypointControl, name: str, place: np.ndarray, boxes: Sequence[DrawnBox],
@@ -287,8 +291,8 @@ def _around(name: str, place: np.ndarray, support: Support, size: tuple[int, int
     """(4,) the box that an object of the usual size has when its `name` lies at `place`; None without examples."""
     boxes, shares = [], []
     for _, points in support:
-        box = points.object_box()
-        if box is not None and min(box[2:]) > 0:
+        box = points.box if points.box is not None else box_of_points(points.xy[points.placed], 0.1)
+        if min(box[2:]) > 0:
             boxes.append(box[2:])
             i = points.names.index(name)
             shares.append((points.xy[i] - box[:2]) / box[2:] if points.placed[i] else np.array([0.5, 0.5]))
@@ -344,7 +348,7 @@ def _key(region: Json) -> str:
     return f"{key} choices" if region.get("type") == "choices" else key
 
 
-def _at(region: Json | None) -> list[float] | None:
+def _at(region: Json | None) -> list[Any] | None:
     value = region.get("value") if region else None
     return [value.get("x"), value.get("y")] if isinstance(value, dict) else None
 
