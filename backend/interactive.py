@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from backend import split
 from backend.core_client import Query
+from backend.effort import PREDICTED
 from backend.journal import Journal
 from backend.ranking import fact_name
 from kptllm_core.errors import InvalidInput
@@ -30,7 +31,6 @@ from label_config.schema import KeypointControl
 
 REMEMBERED_SECONDS = 15.0  # the page saves its draft every five seconds
 NEAR = 0.5  # of a box's longer side: so far outside of it a click may still be meant for that object
-PREDICTED = ("prediction", "prediction-changed")
 Json = dict[str, Any]
 Support = Sequence[tuple[str, KeypointSet]]
 
@@ -179,7 +179,8 @@ class Drawing:
             elif point == self.absent:
                 visibility[i] = Visibility.ABSENT
         box = self.box if self.box_region else None  # where nobody drew one, it is the hull of the points
-        made = to_regions(self.control, KeypointSet(names, xy, visibility, score, box), *self.size)
+        control = replace(self.control, score_threshold=0.0)  # a person says that there is an object
+        made = to_regions(control, KeypointSet(names, xy, visibility, score, box), *self.size)
         regions = [_cleaned(self.box_region)] if self.box_region and self.box_is_new else []
         parent = {"parentID": self.box_region["id"]} if self.box_region else {}
         renamed: dict[str, Json] = {}

@@ -70,6 +70,15 @@ def given(call: dict[str, Any], at: int = 0) -> dict[str, list[float]]:
     return {} if fixed is None else {fixed.names[i]: fixed.xy[i].tolist() for i in np.flatnonzero(fixed.placed)}
 
 
+def doubtful(predict: Any) -> Any:
+    """The same model, half sure."""
+
+    def unsure(images: list[np.ndarray], schema: Any, **options: Any) -> list[KeypointSet]:
+        return [KeypointSet(p.names, p.xy, p.visibility, np.full(len(p.names), 0.5)) for p in predict(images, schema, **options)]
+
+    return unsure
+
+
 # ---------------------------------------------------------------- one object in an image
 
 
@@ -81,6 +90,13 @@ def test_a_click_is_told_to_the_model_and_stays_where_it_is(here: World, calls: 
     assert (tail["value"]["x"], tail["value"]["y"], tail["id"], tail["origin"]) == (75.0, 25.0, "click75.0", "manual")
     assert {found[n]["origin"] for n in ("nose", "ear")} == {"prediction"}
     assert not any("is_positive" in r or "labels" in r["value"] for r in found.values())
+
+
+def test_a_click_says_that_there_is_an_object_whatever_its_score(here: World) -> None:
+    config = CONFIG.replace('name="kp"', 'name="kp" model_score_threshold="0.99"')
+    here.predictor.predict = doubtful(here.predictor.predict)  # type: ignore[method-assign]
+    assert here.predict(here.task(1), config=config)[0]["result"] == []
+    assert set(by_label(draw(here, click("tail", 75.0, 25.0), config=config))) == {"nose", "tail", "ear"}
 
 
 def test_a_click_without_a_label_is_named_by_the_model(here: World) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from selenium.common.exceptions import TimeoutException
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from conftest import ARTIFACTS
 from end_to_end.browser import SECONDS, LabellingPage
 
 # Where a place of the image, in per cent, lies on the screen.
@@ -109,10 +111,21 @@ class SmartTools:
         return WebDriverWait(self.driver, SECONDS, poll_frequency=0.3).until(lambda _: done(), otherwise)
 
     def _ask(self, mouse: ActionBuilder) -> None:
+        """What is drawn stands on the page until the answer takes it away, or lays suggestions beside it."""
         before = self.regions(), self.suggestions()
         mouse.perform()
-        self.wait(lambda: not self.driver.execute_script(WAITING) and (self.regions(), self.suggestions()) != before
-                  and not (self.suggestions() == before[1] and any(r.asked for r in self.regions())), "no answer came")  # fmt: skip
+
+        def answered() -> bool:
+            regions, suggestions = self.regions(), self.suggestions()
+            settled = not any(r.asked for r in regions) or suggestions != before[1]
+            return (regions, suggestions) != before and settled and not self.driver.execute_script(WAITING)
+
+        try:
+            self.wait(answered, "no answer came")
+        except TimeoutException:
+            self.page.screenshot(ARTIFACTS / "smart-no-answer.png")
+            print("before", *before[0], "now", *self.regions(), "suggested", *self.suggestions(), sep="\n")
+            raise
 
     def _told(self, what: str) -> list[OnPage]:
         return [OnPage(**r | {"labels": tuple(r["labels"])}) for r in self.driver.execute_script(ON_PAGE)[what]]
