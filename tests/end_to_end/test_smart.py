@@ -139,5 +139,4 @@ def far(a: tuple[float, float], b: tuple[float, float]) -> float:
 
 
 def saved(tour: Tour, task: int) -> list[dict]:  # type: ignore[type-arg]
-    (found,) = (t for t in tour.project.label_studio.tasks(tour.project.id) if t["id"] == task)
-    return [r for a in found.get("annotations") or [] for r in a["result"]]
+    return [r for a in tour.project.label_studio.annotations(task) for r in a["result"]]
