@@ -39,10 +39,13 @@ Loader = Callable[[str], bytes]  # hash → the image's bytes
 
 @dataclass(frozen=True)
 class Query:
-    """One object to predict: an image by its hash, and the object's box (x, y, w, h, pixels) or None for the whole image."""
+    """One object to predict: an image by its hash, and the object's box (x, y, w, h, pixels) or None for the whole image.
+
+    fixed: points that a person placed and that the others must agree with."""
 
     image: str
     box: Sequence[float] | None = None
+    fixed: KeypointSet | None = None
 
 
 @dataclass(frozen=True)
@@ -290,4 +293,5 @@ def _query(query: Query | AllObjects) -> dict[str, Any]:
     if isinstance(query, AllObjects):
         boxes = [[float(v) for v in box] for box in query.boxes]
         return {"image": query.image, "objects": {"boxes": boxes, "find": query.find, "least": query.least}}
-    return {"image": query.image, "box": None if query.box is None else [float(v) for v in query.box], "fixed": None}
+    box = None if query.box is None else [float(v) for v in query.box]
+    return {"image": query.image, "box": box, "fixed": None if query.fixed is None else query.fixed.to_json()}

@@ -19,15 +19,15 @@ from backend import split
 from backend.anchoring import is_unaided
 from backend.core_client import AllObjects, Instance, Query, image_hash
 from backend.intake import control_key
+from backend.interactive import Drawing, as_drawn, drawn_in, recall, remember
 from backend.lookalikes import look_of
 from backend.ranking import Ranker
 from backend.served import control_row
 from backend.services import Services, is_passing
 from backend.tables import Task, Version
 from kptllm_core.errors import ArtifactError, InvalidInput, KptError, NotFound, Unavailable
-from kptllm_core.geometry import from_percent
 from kptllm_core.imaging import image_size
-from kptllm_core.keypoints import KeypointSet, Visibility
+from kptllm_core.keypoints import KeypointSet
 from label_config.annotations import DrawnBox, read_result
 from label_config.regions import to_regions
 from label_config.schema import KeypointControl, LabelConfig
@@ -59,12 +59,15 @@ class _Item:
     size: tuple[int, int] = (1, 1)
     answered: bool = False  # by the core, if only that there is no object
     error: KptError | None = None
+    drawing: Drawing | None = None
 
     def queries(self, drawn: bool) -> list[Query | AllObjects]:
-        """All objects where the config has a box for each to be told apart by, else one; while a person draws, those drawn.
+        """All objects where the config has a box for each to be told apart by, else one; while a person draws, what was drawn on.
 
         None where the config wants boxes of a person, and nobody drew one.
         """
+        if self.drawing:
+            return list(self.drawing.queries(self.sha))
         boxes = [[float(v) for v in b.box] for b in self.boxes]
         if self.control.finds_all and not drawn:
             return [AllObjects(self.sha, boxes, least=self.control.found_threshold)]
@@ -103,8 +106,7 @@ class Prediction:
         """
         self.services, self.project, self.config, self.version = services, project, config, version
         self.tasks, self.deadline, self.given = tasks, deadline, boxes
-        drawn = context.get("result") if isinstance(context, dict) else None
-        self.drawn: list[Json] = [_click(r) for r in drawn if isinstance(r, dict)] if isinstance(drawn, list) else []
+        self.drawn = drawn_in(context)
         self.chunk = FINDING if any(c.finds_all for c in config.controls) else CHUNK
         self.bytes: dict[str, bytes] = {}  # of the present chunk, by hash
         self.support_places: dict[str, tuple[Task, str]] = {}  # hash → where to fetch it again
@@ -136,6 +138,9 @@ class Prediction:
                 results += [failed(self.version.name, gave_up) for _ in range(count)]
             for future in ahead.values():
                 future.cancel()
+        if self.drawn:  # what a person drew stays, whatever became of the question
+            drawn = [region for control in self.controls() for region in as_drawn(control, self.drawn)]
+            results = [r | {"result": drawn} if r.get("error") and not r["result"] else r for r in results]
         return results
 
     def controls(self) -> Sequence[KeypointControl]:
@@ -166,7 +171,7 @@ class Prediction:
         self.bytes = {}
         items: list[_Item] = []
         for at in range(start, start + count):
-            items += [self._item(at, control, fetched) for control in self.controls()]
+            items += [self._item(at, control, fetched, supports[control_key(control)]) for control in self.controls()]
         for control in self.controls():
             mine = [i for i in items if i.control is control and i.error is None]
             asked = [(item, query) for item in mine for query in item.queries(bool(self.drawn))]
@@ -175,7 +180,9 @@ class Prediction:
         self.ranker.see(self.looks)
         return [self._result(at, [i for i in items if i.task == at]) for at in range(start, start + count)]
 
-    def _item(self, at: int, control: KeypointControl, fetched: dict[tuple[int, str], Future[Fetched]]) -> _Item:
+    def _item(
+        self, at: int, control: KeypointControl, fetched: dict[tuple[int, str], Future[Fetched]], support: list[tuple[str, KeypointSet]]
+    ) -> _Item:
         item = _Item(at, control)
         task = self.tasks[at]
         try:
@@ -192,7 +199,8 @@ class Prediction:
                 self.looks.setdefault(task["id"], look)
             item.sha, item.size = image_hash(image), image_size(image)
             self.bytes[item.sha] = image
-            item.boxes = self._boxes(task, control, item.size)
+            item.drawing = self._drawing(item, support)
+            item.boxes = [] if item.drawing else self._boxes(task, control, item.size)
         except TimeoutError:
             item.error = Unavailable("No time was left to fetch the image; ask again.")
         except KptError as error:
@@ -200,22 +208,18 @@ class Prediction:
         return item
 
     def _boxes(self, task: Json, control: KeypointControl, size: tuple[int, int]) -> list[DrawnBox]:
-        """The objects' boxes: those just drawn, else those of the newest annotation, draft, or another model's prediction."""
+        """The objects' boxes: those of the newest annotation, draft, or another model's prediction."""
         if self.given is not None:
             given = self.given.get(task["id"], {}).get(control_key(control), [])
             return [DrawnBox(np.array(box, np.float64), "", None, None) for box in given]
-        sources: list[Any] = [self.drawn]
-        if not self.drawn:
-            annotations = [a for a in _list(task.get("annotations")) if a.get("was_cancelled") is not True]
-            annotations.sort(
-                key=lambda a: (a.get("ground_truth") is True, str(a.get("updated_at") or "")), reverse=True
-            )
-            others = [
-                p
-                for p in _list(task.get("predictions"))
-                if not split.MADE_HERE.fullmatch(str(p.get("model_version") or ""))
-            ]
-            sources = [a.get("result") for a in (*annotations, *_list(task.get("drafts")), *others)]
+        annotations = [a for a in _list(task.get("annotations")) if a.get("was_cancelled") is not True]
+        annotations.sort(key=lambda a: (a.get("ground_truth") is True, str(a.get("updated_at") or "")), reverse=True)
+        others = [
+            p
+            for p in _list(task.get("predictions"))
+            if not split.MADE_HERE.fullmatch(str(p.get("model_version") or ""))
+        ]
+        sources = [a.get("result") for a in (*annotations, *_list(task.get("drafts")), *others)]
         for result in sources:
             boxes = list(read_result(control, result, *size).boxes) if isinstance(result, list) else []
             if boxes:
@@ -263,11 +267,14 @@ class Prediction:
         regions: list[Json] = []
         kept: Json = {}
         for item in items:
-            if item.answered:
-                objects = [self._with_clicks(item, points) for points in item.objects]
-                known = [b.label for b in item.boxes] if len(item.boxes) <= len(objects) else []
-                labels = known + [None] * (len(objects) - len(known))  # those whose box was given come first
-                drawn = to_regions(item.control, objects, *item.size, box_labels=labels, scores=item.scores)
+            if item.drawing and item.objects:
+                answered = item.drawing.answer(item.objects)
+                remember(self.services.journal, self.project, self.tasks[at], item.drawing.marked(answered))
+                regions += answered
+            elif item.answered:
+                known = [b.label for b in item.boxes] if len(item.boxes) <= len(item.objects) else []
+                labels = known + [None] * (len(item.objects) - len(known))  # those whose box was given come first
+                drawn = to_regions(item.control, item.objects, *item.size, box_labels=labels, scores=item.scores)
                 kept[control_key(item.control)] = control_row(
                     item.control, item.objects, [b.box for b in item.boxes], item.size, drawn, item.scores
                 )
@@ -287,36 +294,23 @@ class Prediction:
                 regions = []
         return {"result": regions, "score": score, "model_version": self.version.name}
 
-    def _with_clicks(self, item: _Item, points: KeypointSet) -> KeypointSet:
-        """A smart click is the truth for its point: there it is, or (a negative click) it is not on this object."""
-        clicks = [
-            r for r in self.drawn if r.get("type") == "keypointlabels" and r.get("from_name") == item.control.from_name
-        ]
-        xy, visibility, score = points.xy.copy(), points.visibility.copy(), points.score.copy()
-        for click in clicks:
-            wanted = read_result(item.control, [{**self._named(item, click), "is_positive": True}], *item.size).objects
-            for found in wanted[:1]:
-                at = np.flatnonzero(found.keypoints.placed)
-                if click.get("is_positive") is False:
-                    visibility[at] = Visibility.ABSENT
-                else:
-                    xy[at], visibility[at], score[at] = found.keypoints.xy[at], Visibility.VISIBLE, 1.0
-        return KeypointSet(points.names, xy, visibility, score, points.box) if clicks else points
+    def _drawing(self, item: _Item, support: list[tuple[str, KeypointSet]]) -> Drawing | None:
+        """What was drawn with a smart tool on the image of an item. InvalidInput says why it cannot be used."""
+        if not self.drawn:
+            return None
+        task, control = self.tasks[item.task], item.control
 
-    def _named(self, item: _Item, click: Json) -> Json:
-        """A click; without a label, the model says which point it is."""
-        value = click["value"]
-        place = [value.get("x"), value.get("y")]
-        if value["keypointlabels"] or not all(isinstance(v, (int, float)) and 0 <= v <= 100 for v in place):
-            return click
-        try:
-            xy = [[float(v) for v in from_percent(np.array(place), *item.size)]]
-            names = self.services.core.name(item.sha, xy, self._load, None, item.control.schema.names, seconds=10.0)
-        except KptError as error:
-            log.warning("project %s: a click without a label could not be named: %s", self.project, error.message)
-            return click
-        label = item.control.label_of(names[0][0]) if names and names[0][0] in item.control.schema.names else None
-        return {**click, "value": {**value, "keypointlabels": [label] if label else []}}
+        def named(place: np.ndarray) -> str | None:
+            """A click without a label: the model says which point it is."""
+            try:
+                xy = [[float(v) for v in place]]
+                ((name, _),) = self.services.core.name(item.sha, xy, self._load, None, control.schema.names, seconds=10.0)
+            except KptError as error:
+                log.warning("project %s: a click without a label could not be named: %s", self.project, error.message)
+                return None
+            return control.label_of(name) if name in control.schema.names else None
+
+        return Drawing.of(control, self.drawn, task, item.size, support, named, recall(self.services.journal, self.project, task))
 
     # ------------------------------------------------------------ support
 
@@ -359,19 +353,6 @@ class Prediction:
             self.lost.add(sha)
             raise
         return data
-
-
-def _click(region: Json) -> Json:
-    """A smart keypoint as any other region: it carries its label in value.labels."""
-    value = region.get("value")
-    if isinstance(value, dict) and region.get("type") in ("keypoint", "keypointlabels"):
-        labels = value.get("keypointlabels") or value.get("labels")
-        return {
-            **region,
-            "type": "keypointlabels",
-            "value": {**value, "keypointlabels": labels if isinstance(labels, list) else []},
-        }
-    return region
 
 
 def _is_id(value: Any) -> TypeGuard[int]:

@@ -14,7 +14,7 @@ from sqlalchemy import select
 
 from backend.model import KptLLMBackend
 from backend.tables import Predicted
-from backend_world import CONFIG, WITH_BOX, World, picture, placed, rectangle, region, world
+from backend_world import CONFIG, WITH_BOX, World, picture, placed, rectangle, world
 from kptllm_core.errors import InvalidInput, SchemaError, Unavailable
 from kptllm_core.keypoints import KeypointSet
 from label_config.checks import check_prediction
@@ -220,41 +220,6 @@ def test_objects_are_not_looked_for_where_people_draw_the_boxes(here: World) -> 
     (prediction,) = here.predict(here.task(1), config=config)
     assert prediction["result"] == []
     assert "error" not in prediction
-
-
-def test_a_smart_rectangle_gives_the_points_of_that_box(here: World) -> None:
-    calls = asked(here)
-    elsewhere = {"id": 1, "result": [rectangle(0, 0, 10, 10)], "updated_at": "2026-01-01T00:00:00Z"}
-    context = {"result": [rectangle(25, 25, 50, 50)]}
-    (prediction,) = here.predict(here.task(1, annotations=[elsewhere]), config=WITH_BOX, context=context)
-    assert [[float(v) for v in b] for b in calls[-1]["boxes"]] == [[16.0, 12.0, 32.0, 24.0]]
-    assert set(placed(prediction)) == {"nose", "tail", "ear"}
-    parents = {r.get("parentID") for r in prediction["result"] if r["type"] == "keypointlabels"}
-    assert parents == {r["id"] for r in prediction["result"] if r["type"] == "rectanglelabels"}
-
-
-def click(positive: bool = True, **value: Any) -> dict[str, Any]:
-    return {
-        "result": [
-            region("tail", 75.0, 25.0, is_positive=positive) | {"value": {"x": 75.0, "y": 25.0, "width": 0.5, **value}}
-        ]
-    }
-
-
-def test_a_smart_click_is_the_truth_for_its_point(here: World) -> None:
-    (prediction,) = here.predict(here.task(1), context=click(labels=["tail"]))
-    assert placed(prediction)["tail"] == (75.0, 25.0)
-    assert set(placed(prediction)) == {"nose", "tail", "ear"}
-
-
-def test_a_negative_click_removes_its_point(here: World) -> None:
-    (prediction,) = here.predict(here.task(1), context=click(positive=False, labels=["tail"]))
-    assert set(placed(prediction)) == {"nose", "ear"}
-
-
-def test_a_click_without_a_label_is_named_by_the_model(here: World) -> None:
-    (prediction,) = here.predict(here.task(1), context=click())
-    assert placed(prediction)["nose"] == (75.0, 25.0)
 
 
 @pytest.mark.parametrize(
