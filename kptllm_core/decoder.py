@@ -199,7 +199,9 @@ class Refinement(nn.Module):
         chance = flat.softmax(-1)
         sure = chance.amax(-1)
         spread = -(chance * chance.clamp(min=1e-9).log()).sum(-1) / 8
-        at, weight = xy.detach(), torch.where(fixed, 4.0, sure.detach()) * asked * support.known
+        at, trust = xy.detach(), sure.detach()
+        # A given point counts as the surest found one: were it to count for more, the fit would turn and scale about it alone.
+        weight = torch.where(fixed, trust.amax(-1, keepdim=True), trust) * asked * support.known
         expected = robust_fit(support.layout, at, weight)
         expected = torch.where(support.known.unsqueeze(-1), expected, at)
         under = self.under(features, at)
