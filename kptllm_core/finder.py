@@ -15,6 +15,7 @@ from kptllm_core.geometry import Crop, clip_box, crop_of_image, similarity_crop
 from kptllm_core.instances import distinct
 
 WINDOW = 2.4  # side of a search window, in sides of the support's objects
+LARGE = 0.9  # side of a search window over side of the image, from which on the whole image is enough
 MAX_WINDOWS = 64
 SHOWN = 0.3  # least score of a box that a person is shown
 SEEN = 0.05  # least score of a box where all are counted: average precision reads the whole ranking …
@@ -39,7 +40,7 @@ def find(detect: Detect, width: int, height: int, share: float | None, size: int
     share: of the support's objects in their images, longer sides, or None without support. size: side of the crops, pixels.
     """
     crops = [crop_of_image(width, height, size)]
-    if share is not None and share * WINDOW < 0.9:
+    if share is not None and share * WINDOW < LARGE:
         crops += windows(width, height, share * max(width, height) * WINDOW, size)
     raw, score = detect(crops)
     boxes, scores = [], []

@@ -19,7 +19,7 @@ from kptllm_core.checkpoint import Checkpoint, load_adapter, load_checkpoint
 from kptllm_core.claims import Taken, claims, yielded
 from kptllm_core.decoder import Answer, Support, peak
 from kptllm_core.errors import InvalidInput
-from kptllm_core.finder import SHOWN, WINDOW, Found
+from kptllm_core.finder import LARGE, SHOWN, WINDOW, Found
 from kptllm_core.geometry import (
     Crop,
     box_of_points,
@@ -29,7 +29,7 @@ from kptllm_core.geometry import (
     crop_of_image,
 )
 from kptllm_core.imaging import warp
-from kptllm_core.instances import MOST, box_iou
+from kptllm_core.instances import MOST, box_iou, distinct
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
 from kptllm_core.lexicon import lexicon
@@ -41,6 +41,8 @@ MAX_SHOTS = 10
 BATCH = 8  # crops in one pass
 SAME_AS_GIVEN = 0.5  # overlap (IoU) with a drawn box from which on a found one is the same object
 GONE = 20.0  # logits below a heatmap's least: nothing pulls a point there
+SAME_SETTLED = 0.5  # the same, of boxes that lie where their points are
+SAME_LARGE = 0.3  # the same, of a rough box and the one found by an object's points in the whole image
 MAX_WINDOWS = 25  # in which one object alone is looked for
 
 
@@ -166,7 +168,9 @@ class Predictor:
         given = [np.zeros((0, 4)) if b is None else np.asarray(b, np.float64).reshape(-1, 4) for b in boxes or [None] * len(images)]
         answers: list[list[Instance]] = []
         for image, own in zip(images, given, strict=True):
-            found = self.find_objects(image, schema, support, prompt, least) if find else Found(np.zeros((0, 4)), np.zeros(0))
+            found = Found(np.zeros((0, 4)), np.zeros(0))
+            if find:
+                found = self._settled(image, schema, support, prompt, self.find_objects(image, schema, support, prompt, least))
             new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)[:most]
             every = np.concatenate([own, found.boxes[new]])
             scores = [1.0] * len(own) + found.score[new].tolist()
@@ -182,6 +186,26 @@ class Predictor:
                 sets = yielded(sets)
             answers.append([Instance(s, v) for s, v in zip(sets, scores, strict=True)])
         return answers
+
+    def _settled(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example], prompt: str, found: Found) -> Found:
+        """Boxes moved to where the points in them say that the object is, each object once. Without support nobody knows how far
+        an object reaches beyond its points, and the boxes stay.
+
+        An object as large as its image is found best by its points in the whole image: that box stands for the one it overlaps.
+        """
+        if not len(found.boxes) or not support or prompt == "text":
+            return found
+        with torch.inference_mode():
+            prepared = self._prepare(schema, support)
+            sets = self._points([image] * len(found.boxes), list(found.boxes), schema, prepared, prompt != "visual")
+            boxes = np.stack([self._around(s, prepared, image, least=1.0) for s in sets])
+            boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, found.boxes)
+            rough = self._find(image, schema, prepared, prompt != "visual") if prepared.share * WINDOW >= LARGE else None
+        if rough is not None:
+            same = box_iou(rough[None], boxes)[0]
+            boxes[same.argmax()] = rough if same.max() > SAME_LARGE else boxes[same.argmax()]
+        index = distinct(boxes, found.score, SAME_SETTLED)
+        return Found(boxes[index], found.score[index])
 
     def find_objects(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example] = (), prompt: str = "auto",
                      least: float = SHOWN) -> Found:  # fmt: skip
@@ -263,19 +287,24 @@ class Predictor:
         support = prepared.whole if prepared else None
         crops = [crop_of_image(width, height, self.size)]
         sets = self._answer([image], crops, schema, support, named)
-        if prepared is not None and prepared.share * WINDOW < 0.9:
+        if prepared is not None and prepared.share * WINDOW < LARGE:
             crops = finder.windows(width, height, prepared.share * max(width, height) * WINDOW, self.size, MAX_WINDOWS)
             for start in range(0, len(crops), BATCH):
                 part = crops[start : start + BATCH]
                 sets += self._answer([image] * len(part), part, schema, prepared.tight, named)
-        best = max(sets, key=_trust)
-        sure = best.placed & (best.score >= 0.5 * np.median(best.score[best.placed])) if best.placed.any() else best.placed
-        if sure.sum() < min(2, len(schema)):
-            return None
+        box = self._around(max(sets, key=_trust), prepared, image, 0.15 * max(width, height) if len(schema) == 1 else 1.0)
+        return box if np.isfinite(box).all() else None
+
+    def _around(self, points: KeypointSet, prepared: _Prepared | None, image: np.ndarray, least: float) -> np.ndarray:
+        """(4,) a box around the points that are not much less sure than most; not a number where they are too few.
+
+        least: longer side of the points' hull, pixels, if it has none."""
+        sure = points.placed & (points.score >= 0.5 * np.median(points.score[points.placed])) if points.placed.any() else points.placed
+        if sure.sum() < min(2, len(points)):
+            return np.full(4, np.nan)
         margin = prepared.margin if prepared is not None else np.full(4, 0.1)
-        box = _with_margin(best.xy[sure], margin, 0.15 * max(width, height) if len(schema) == 1 else 1.0)
-        box = clip_box(box, width, height)
-        return box if min(box[2], box[3]) > 1 else None
+        box = clip_box(_with_margin(points.xy[sure], margin, least), image.shape[1], image.shape[0])
+        return box if min(box[2], box[3]) > 1 else np.full(4, np.nan)
 
     def _answer(self, images: Sequence[np.ndarray], crops: Sequence[Crop], schema: KeypointSchema, support: Support | None, named: bool,
                 order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None,
