@@ -46,7 +46,7 @@ from kptllm_core.scoring import PointPredictor, score_predictor
 from kptllm_core.train import ADAPT, Recipe, train_adapter
 
 SCORED = 100  # images at most
-SEARCHED = 40  # of them, for all objects that they show
+SEARCHED = 25  # of them, for all objects that they show
 SUPPORT = 8  # of the labelled images, as the backend takes at twenty labels
 SECONDS = 150.0
 CONFIGURED = ("lora_rank", "lora_alpha")

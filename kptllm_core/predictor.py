@@ -19,7 +19,7 @@ from kptllm_core.checkpoint import Checkpoint, load_adapter, load_checkpoint
 from kptllm_core.claims import Taken, claims, yielded
 from kptllm_core.decoder import Answer, Support, peak
 from kptllm_core.errors import InvalidInput
-from kptllm_core.finder import LARGE, SHOWN, WINDOW, Found
+from kptllm_core.finder import LARGE, SEEN, SHOWN, WINDOW, Found
 from kptllm_core.geometry import (
     Crop,
     box_of_points,
@@ -57,8 +57,8 @@ class Example:
 
 
 class Instance(NamedTuple):
-    """One object of an image. keypoints: with its box. score: 0…1, how far the box is expected to overlap a true one; 1 if a
-    person drew it."""
+    """One object of an image. keypoints: with its box. score: 0…1, how sure the model is of the box and of the points in it; 1 if
+    a person drew it."""
 
     keypoints: KeypointSet
     score: float
@@ -170,7 +170,7 @@ class Predictor:
         for image, own in zip(images, given, strict=True):
             found = Found(np.zeros((0, 4)), np.zeros(0))
             if find:
-                found = self._settled(image, schema, support, prompt, self.find_objects(image, schema, support, prompt, least))
+                found = self._settled(image, schema, support, prompt, self.find_objects(image, schema, support, prompt, max(least / 2, SEEN)))
             new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)[:most]
             every = np.concatenate([own, found.boxes[new]])
             scores = [1.0] * len(own) + found.score[new].tolist()
@@ -179,12 +179,14 @@ class Predictor:
             if again := [i for i, claim in enumerate(claimed) if claim]:
                 with torch.inference_mode():
                     prepared = self._prepare(schema, support) if support and prompt != "text" else None
-                    others = self._points([image] * len(again), [every[i] for i in again], schema, prepared, prompt != "visual",
-                                          taken=[claimed[i] for i in again])  # fmt: skip
-                for i, points in zip(again, others, strict=True):
+                    apart = self._points([image] * len(again), [every[i] for i in again], schema, prepared, prompt != "visual",
+                                         taken=[claimed[i] for i in again])  # fmt: skip
+                for i, points in zip(again, apart, strict=True):
                     sets[i] = points
                 sets = yielded(sets)
-            answers.append([Instance(s, v) for s, v in zip(sets, scores, strict=True)])
+            instances = [Instance(s, v if i < len(own) else _sureness(v, s)) for i, (s, v) in enumerate(zip(sets, scores, strict=True))]
+            others = sorted(instances[len(own) :], key=lambda i: -i.score)
+            answers.append(instances[: len(own)] + [i for i in others if i.score >= least])
         return answers
 
     def _settled(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example], prompt: str, found: Found) -> Found:
@@ -445,6 +447,11 @@ def _with_margin(xy: np.ndarray, margin: np.ndarray, least: float) -> np.ndarray
     side = max(hull[2], hull[3], least)
     left, top, right, bottom = margin * side
     return np.array([hull[0] - left, hull[1] - top, hull[2] + left + right, hull[3] + top + bottom])
+
+
+def _sureness(box: float, points: KeypointSet) -> float:
+    """Of a found object: the geometric mean of its box's score and its points' confidence, which ranks better than either."""
+    return float(np.sqrt(box * _trust(points)))
 
 
 def _trust(points: KeypointSet) -> float:
