@@ -4,7 +4,7 @@
 #   make demo IMAGES=folder [LABELS=annotations.json] [CONFIG=config.xml]      the same with your own images
 #   make demo ONCE=1 the whole tour by itself: label, predict, correct, train, decide, predict again
 #   make test        every test but the long ones;  make test-slow  the long ones;  make lint  ruff and mypy
-#   make test-loop   of the long tests those of the correction loop, which continuous integration runs, too
+#   make test-loop   of the long tests those of the correction loop and of several objects, which continuous integration runs, too
 #   make setup       only the environments: .venv, and .labelstudio/venv for Label Studio
 #   make nano        trains the shipped model's recipe from nothing on KEYPOINTS; make nano-research on all sets there
 #   make card        measures the shipped model on KEYPOINTS (real sets, not part of this repository) into its model card
@@ -65,8 +65,9 @@ test: setup
 test-slow: setup
 	@exec $(PYTEST) -m slow $(ARGS)
 
-# Three rounds in the real Label Studio, kill -9 in the middle, rounds that must not be promoted or must be rolled back, the page.
-LOOP := $(addprefix tests/end_to_end/test_,three_rounds.py kills.py bad_rounds.py page.py)
+# Three rounds in the real Label Studio, kill -9 in the middle, rounds that must not be promoted or must be rolled back, the page; several
+# objects in an image, with their exports, and the smart tools.
+LOOP := $(addprefix tests/end_to_end/test_,three_rounds.py kills.py bad_rounds.py page.py objects.py smart.py)
 test-loop: setup
 	@exec $(PYTEST) -m slow $(LOOP) $(ARGS)
 

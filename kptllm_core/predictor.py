@@ -329,8 +329,10 @@ class Predictor:
             self._leave(heat[row], claimed, crops[row])
         if order is not None and len(order) < len(schema):
             return [self._plain(names, heat[i], crops[i]) for i in range(batch)]
-        answer = model.refine(heat, planes, features, part, state, asked.valid, **self._clicks(fixed, crops, names))
-        return [self._set(names, answer, i, crops[i]) for i in range(batch)]
+        clicks = self._clicks(fixed, crops, names)
+        answer = model.refine(heat, planes, features, part, state, asked.valid, **clicks)
+        given = clicks["fixed"].cpu().numpy() if clicks else np.zeros((batch, len(names)), bool)
+        return [self._set(names, answer, i, crops[i], images[i], given[i]) for i in range(batch)]
 
     def _leave(self, heat: Tensor, claimed: Taken, crop: Crop) -> None:
         """Where other objects have a point, (K, H, W) heat is taken away."""
@@ -350,9 +352,13 @@ class Predictor:
         xy = np.stack([c.to_crop(s.xy) / self.size if s is not None else np.zeros((len(names), 2)) for s, c in zip(sets, crops, strict=True)])
         return {"fixed": torch.from_numpy(given).to(self.device), "fixed_xy": torch.from_numpy(xy).float().to(self.device)}
 
-    def _set(self, names: list[str], answer: Answer, row: int, crop: Crop) -> KeypointSet:
+    def _set(self, names: list[str], answer: Answer, row: int, crop: Crop, image: np.ndarray, given: np.ndarray) -> KeypointSet:
+        """A point that nobody placed and that the others expect beyond the image's border is absent, wherever something alike was found."""
         xy = crop.to_image(answer.xy[row].cpu().numpy() * self.size)
         visibility = answer.visibility[row].argmax(-1).cpu().numpy() + 1
+        expected = crop.to_image(answer.anchor[row].cpu().numpy() * self.size)
+        beyond = ((expected < 0) | (expected > image.shape[1::-1])).any(1)
+        visibility[beyond & ~given] = Visibility.ABSENT
         return KeypointSet(tuple(names), xy, visibility, answer.confidence[row].sigmoid().cpu().numpy())
 
     def _plain(self, names: list[str], heat: Tensor, crop: Crop) -> KeypointSet:

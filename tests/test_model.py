@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kptllm_core.adapters import AdapterSwitch, adapter_state, add_lora
 from kptllm_core.config import ModelConfig, model_folder
-from kptllm_core.decoder import peak, robust_fit, similarity_fit
+from kptllm_core.decoder import Answer, peak, robust_fit, similarity_fit
+from kptllm_core.geometry import similarity_crop
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.model import KptLLM
 from kptllm_core.predictor import Example, Predictor, load_predictor
@@ -191,3 +192,14 @@ def test_backbones_of_transformers_load_from_their_own_format(tmp_path: Path) ->
     assert [tuple(f.shape[-2:]) for f in features] == [(16, 16), (8, 8), (4, 4)]
     # Before any training, correlation alone finds each point in its own image.
     assert (peak(heat) - xy[:, 0]).norm(dim=-1).median() < 0.15
+
+
+def test_a_point_that_the_others_expect_beyond_the_border_is_absent(tiny_model: str) -> None:
+    """And a person's click is never overruled."""
+    predictor, names = load_predictor(tiny_model), ["nose", "tail", "ear"]
+    crop, image = similarity_crop(np.array([32.0, 32.0]), 64.0, predictor.size), np.zeros((64, 64, 3), np.uint8)
+    expected = torch.tensor([[[-0.1, 0.5], [0.5, 1.1], [0.5, 0.5]]])
+    told = Answer(torch.full((1, 3, 2), 0.5), torch.zeros(1, 3, 4, 4), torch.tensor([0.0, 9.0, 0.0]).expand(1, 3, 3),
+                  torch.zeros(1, 3), expected, torch.ones(1, 3))  # fmt: skip
+    points = predictor._set(names, told, 0, crop, image, np.array([False, True, False]))
+    assert points.visibility.tolist() == [Visibility.ABSENT, Visibility.VISIBLE, Visibility.VISIBLE]

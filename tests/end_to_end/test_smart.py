@@ -15,7 +15,7 @@ from end_to_end.conftest import Stack
 from end_to_end.smart_tools import OnPage, SmartTools
 from label_config.writer import HOTKEYS, config_of
 
-pytestmark = [pytest.mark.label_studio, pytest.mark.browser]
+pytestmark = [pytest.mark.slow, pytest.mark.label_studio, pytest.mark.browser]
 NEAR = 0.5  # per cent of the image
 POINT, BOX = "KeyPointTool", "RectangleTool"
 
