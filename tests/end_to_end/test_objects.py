@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from safetensors import safe_open
 
 from backend.connect import Connection
 from backend.demo.services import Login
