@@ -39,6 +39,7 @@ from kptllm_core.vision import Features, grid_positions
 PROMPTS = ("auto", "visual", "text", "both")
 MAX_SHOTS = 10
 BATCH = 8  # crops in one pass
+TELLING = 4  # points of an object from which on the others tell of one where it must be
 SAME_AS_GIVEN = 0.5  # overlap (IoU) with a drawn box from which on a found one is the same object
 GONE = 20.0  # logits below a heatmap's least: nothing pulls a point there
 SAME_SETTLED = 0.5  # the same, of boxes that lie where their points are
@@ -353,12 +354,13 @@ class Predictor:
         return {"fixed": torch.from_numpy(given).to(self.device), "fixed_xy": torch.from_numpy(xy).float().to(self.device)}
 
     def _set(self, names: list[str], answer: Answer, row: int, crop: Crop, image: np.ndarray, given: np.ndarray) -> KeypointSet:
-        """A point that nobody placed and that the others expect beyond the image's border is absent, wherever something alike was found."""
+        """A point that nobody placed and that the others expect beyond the image's border is absent, wherever something alike was found.
+        With fewer than three others there is no telling how the object is turned."""
         xy = crop.to_image(answer.xy[row].cpu().numpy() * self.size)
         visibility = answer.visibility[row].argmax(-1).cpu().numpy() + 1
         expected = crop.to_image(answer.anchor[row].cpu().numpy() * self.size)
         beyond = ((expected < 0) | (expected > image.shape[1::-1])).any(1)
-        visibility[beyond & ~given] = Visibility.ABSENT
+        visibility[beyond & ~given & (len(names) >= TELLING)] = Visibility.ABSENT
         return KeypointSet(tuple(names), xy, visibility, answer.confidence[row].sigmoid().cpu().numpy())
 
     def _plain(self, names: list[str], heat: Tensor, crop: Crop) -> KeypointSet:
