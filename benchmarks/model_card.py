@@ -55,7 +55,7 @@ EVALUATIONS: dict[str, dict[str, tuple[str, ...]]] = {  # table → name → fla
         for name, flags in zip(tables.BASELINES, (("--untrained",), (), (), ()), strict=True) for turned in ("", "rotated ")
     },
     "objects": {
-        f"objects {prompt}": ("--task", "instances", "--shots", "5", "--prompt", prompt, "--episodes", "10") for prompt in tables.PROMPTED
+        f"objects {prompt}": ("--task", "instances", "--shots", "5", "--prompt", prompt, "--episodes", "6") for prompt in tables.PROMPTED
     },
     "ablations": {f"without {part}": ("--without", part) for part in tables.ABLATED},
 }  # fmt: skip

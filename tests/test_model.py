@@ -195,7 +195,7 @@ def test_backbones_of_transformers_load_from_their_own_format(tmp_path: Path) ->
 
 
 def test_a_point_that_the_others_expect_beyond_the_border_is_absent(tiny_model: str) -> None:
-    """And a person's click is never overruled."""
+    """But a person's click is never overruled, and two others do not tell how the object is turned."""
     predictor, names = load_predictor(tiny_model), ["nose", "tail", "ear", "paw"]
     crop, image = similarity_crop(np.array([32.0, 32.0]), 64.0, predictor.size), np.zeros((64, 64, 3), np.uint8)
     expected = torch.tensor([[[-0.1, 0.5], [0.5, 1.1], [0.5, 0.5], [0.2, 0.2]]])
@@ -203,5 +203,5 @@ def test_a_point_that_the_others_expect_beyond_the_border_is_absent(tiny_model: 
                   torch.zeros(1, 4), expected, torch.ones(1, 4))  # fmt: skip
     points = predictor._set(names, told, 0, crop, image, np.array([False, True, False, False]))
     assert points.visibility.tolist() == [Visibility.ABSENT, *[Visibility.VISIBLE] * 3]
-    few = predictor._set(names[:3], Answer(*(t[:, :3] for t in told)), 0, crop, image, np.zeros(3, bool))  # two others do not tell how the object is turned
+    few = predictor._set(names[:3], Answer(*(t[:, :3] for t in told)), 0, crop, image, np.zeros(3, bool))
     assert (few.visibility == Visibility.VISIBLE).all()
