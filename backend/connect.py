@@ -9,6 +9,7 @@ import argparse
 import base64
 import io
 import sys
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,6 +22,7 @@ from kptllm_core.errors import InvalidInput, KptError, Unauthorized
 from label_config.schema import LabelConfig, parse
 
 TITLE = "KptLLM"  # of the model in Label Studio, until the backend names it after the version that serves (shown.py)
+RENAMED = 3  # times that the title is read anew
 SECRET_HEADER = "X-Webhook-Secret"  # noqa: S105 - the header's name, not the secret
 _SETTINGS = (
     "Start Label Studio with ML_BLOCK_LOCAL_IP=false and SSRF_PROTECTION_ENABLED=false (environment variables of its "
@@ -320,7 +322,18 @@ class Connection:
         return not any(_same(url, address) for address in living)
 
     def _predictions_shown(self) -> None:
-        project, title = self._studio.project(self._project), self._attached.get("title")
+        """The backend may give the model the name of its version at the same moment: then what is shown has another title by now."""
+        for pause in range(RENAMED):
+            try:
+                self._show()
+                return
+            except InvalidInput:
+                time.sleep(pause)
+        self._show()
+
+    def _show(self) -> None:
+        own = [e for e in self._studio.ml_backends(self._project) if e.get("id") == self._attached.get("id")]
+        project, title = self._studio.project(self._project), (own[0] if own else self._attached).get("title")
         changes: Json = {}
         if project.get("show_collab_predictions") is not True:
             changes["show_collab_predictions"] = True

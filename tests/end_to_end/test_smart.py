@@ -13,6 +13,7 @@ from backend.demo.tour import Tour
 from end_to_end.browser import labelling_page
 from end_to_end.conftest import Stack
 from end_to_end.smart_tools import OnPage, SmartTools
+from label_config.regions import to_regions
 from label_config.writer import HOTKEYS, config_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.label_studio, pytest.mark.browser]
@@ -33,8 +34,14 @@ def boxed(tmp_path: Path) -> Material:
 
 @pytest.fixture
 def tour(stack: Stack, boxed: Material) -> Tour:
+    """Two examples, and a prediction for the third picture, whose object somebody else's detector has boxed."""
     made = stack.tour(boxed)
     made.label(boxed.pictures[:2])
+    third = boxed.pictures[2]
+    assert third.truth is not None
+    whole = to_regions(made.project.control, third.truth, third.width, third.height)
+    drawn = [r for r in whole if r["type"] == "rectanglelabels"]
+    made.project.label_studio.create_prediction(made.project.tasks[third.path], drawn, score=0.9, model_version="a detector")
     made.predict(boxed.pictures[2:])
     return made
 
