@@ -60,7 +60,7 @@ class AllObjects:
 
 
 class Instance(NamedTuple):
-    """One of all objects of an image. score: 0…1, how sure the core is of the box and of the points in it; 1 if a person drew it."""
+    """One of all objects of an image. score: 0…1, how likely its box overlaps a true one by half; 1 if a person drew it."""
 
     keypoints: KeypointSet
     score: float

@@ -39,7 +39,7 @@ from kptllm_core import adapters, crowds, metrics, report
 from kptllm_core.checkpoint import Checkpoint, load_checkpoint
 from kptllm_core.dataset import Sample, load_coco
 from kptllm_core.errors import DataError, InvalidInput, KptError
-from kptllm_core.finder import COUNTED, SEEN
+from kptllm_core.finder import COUNTED
 from kptllm_core.keypoints import KeypointSchema
 from kptllm_core.predictor import Example, Predictor
 from kptllm_core.scoring import PointPredictor, score_predictor
@@ -208,7 +208,7 @@ def _objects(predictor: Predictor, samples: Sequence[Sample], others: Sequence[S
     scenes = []
     for path in wanted:
         there = [s for s in samples if s.image_path == path]
-        (found,) = predictor.predict_objects([there[0].read()], schema, support, least=SEEN, most=COUNTED)
+        (found,) = predictor.predict_objects([there[0].read()], schema, support, least=0.0, most=COUNTED)
         scenes.append(crowds.Scene(schema.category, [s.keypoints for s in there], found))
     return {"objects": crowds.figures(scenes)}
 

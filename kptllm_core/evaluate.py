@@ -28,7 +28,7 @@ from kptllm_core.dataset import Sample
 from kptllm_core.draw import contact_sheet
 from kptllm_core.episodes import Images
 from kptllm_core.errors import DataError, ImageError, InvalidInput, TooLarge
-from kptllm_core.finder import COUNTED, SEEN
+from kptllm_core.finder import COUNTED
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from kptllm_core.options import Options, add_arguments
 from kptllm_core.predictor import Example, Predictor, load_predictor
@@ -193,7 +193,7 @@ def _instances(predictor: Predictor, categories: Sequence[Category], options: Op
         for samples in images:
             read = reader.read(map(_upright, samples), category.schema)
             if read:
-                (found,) = predictor.predict_objects([read[0][0]], category.schema, shown, prompt=options.prompt, least=SEEN, most=COUNTED)
+                (found,) = predictor.predict_objects([read[0][0]], category.schema, shown, prompt=options.prompt, least=0.0, most=COUNTED)
                 scenes.append(crowds.Scene(category.name, [t for _, t, q in read if q.sample.keypoints.placed.any()], found))
     if not scenes:
         raise DataError(f"None of the {len(reader.unreadable)} images could be read. Check the folder 'images'.")

@@ -17,9 +17,9 @@ from kptllm_core.instances import distinct
 WINDOW = 2.4  # side of a search window, in sides of the support's objects
 LARGE = 0.9  # side of a search window over side of the image, from which on the whole image is enough
 MAX_WINDOWS = 64
-SHOWN = 0.3  # least score of a box that a person is shown
-SEEN = 0.05  # least score of a box where all are counted: average precision reads the whole ranking …
-COUNTED = 20  # … of this many, as COCO counts people with keypoints
+SHOWN = 0.3  # least score of an object that a person is shown
+FAINT = 0.05  # least score of a box whose points are looked for
+COUNTED = 20  # objects of an image in a figure, however faint: average precision reads the ranking, as COCO does of people with keypoints
 BORDER = 0.01  # of a window: a box that ends there, inside the image, is a part of an object that another window holds whole
 
 
