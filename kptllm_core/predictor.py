@@ -34,6 +34,7 @@ from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
 from kptllm_core.lexicon import lexicon
 from kptllm_core.model import Asked
+from kptllm_core.objective import RARE
 from kptllm_core.vision import Features, grid_positions
 
 PROMPTS = ("auto", "visual", "text", "both")
@@ -358,7 +359,8 @@ class Predictor:
         """A point that nobody placed and that the others expect beyond the image's border is absent, wherever something alike was found.
         With fewer than three others there is no telling how the object is turned."""
         xy = crop.to_image(answer.xy[row].cpu().numpy() * self.size)
-        visibility = answer.visibility[row].argmax(-1).cpu().numpy() + 1
+        seen = answer.visibility[row].float().cpu() - torch.tensor(RARE).log()  # what training counted twice counts once here
+        visibility = seen.argmax(-1).numpy() + 1
         expected = crop.to_image(answer.anchor[row].cpu().numpy() * self.size)
         beyond = ((expected < 0) | (expected > image.shape[1::-1])).any(1)
         visibility[beyond & ~given & (len(names) >= TELLING)] = Visibility.ABSENT
