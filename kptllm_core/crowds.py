@@ -19,8 +19,8 @@ from kptllm_core.finder import COUNTED, SHOWN
 from kptllm_core.instances import box_iou
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.predictor import Instance
+from kptllm_core.report import INSTANCES
 
-FIGURES = ("box_ap50", "box_ap", "recall50", "oks_ap", "extra")
 SIGMA = 0.05  # of every point in OKS: categories that nobody measured the annotators' spread on
 
 
@@ -64,7 +64,7 @@ def summary(scenes: Sequence[Scene]) -> dict[str, Any]:
     """The figures of each category, and their means over the categories that have objects."""
     names = dict.fromkeys(s.category for s in scenes)
     each = {name: figures([s for s in scenes if s.category == name]) for name in names}
-    values = {k: [f[k] for f in each.values() if f[k] is not None] for k in FIGURES}
+    values = {k: [f[k] for f in each.values() if f[k] is not None] for k in INSTANCES}
     return {**{k: float(np.mean(v)) if v else None for k, v in values.items()}, "per_category": each}
 
 

@@ -169,11 +169,13 @@ class Predictor:
         point is used by two of them.
         """
         given = [np.zeros((0, 4)) if b is None else np.asarray(b, np.float64).reshape(-1, 4) for b in boxes or [None] * len(images)]
+        prepared, named = self._prompted(schema, support, prompt)
         answers: list[list[Instance]] = []
         for image, own in zip(images, given, strict=True):
             found = Found(np.zeros((0, 4)), np.zeros(0))
             if find:
-                found = self._settled(image, schema, support, prompt, self.find_objects(image, schema, support, prompt, max(least / 2, FAINT)))
+                found = self._search(image, schema, prepared, named, max(least / 2, FAINT))
+                found = self._settled(image, schema, prepared, named, found)
             new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)[:most]
             every = np.concatenate([own, found.boxes[new]])
             scores = [1.0] * len(own) + found.score[new].tolist()
@@ -181,8 +183,7 @@ class Predictor:
             claimed = claims(sets)
             if again := [i for i, claim in enumerate(claimed) if claim]:
                 with torch.inference_mode():
-                    prepared = self._prepare(schema, support) if support and prompt != "text" else None
-                    apart = self._points([image] * len(again), [every[i] for i in again], schema, prepared, prompt != "visual",
+                    apart = self._points([image] * len(again), [every[i] for i in again], schema, prepared, named,
                                          taken=[claimed[i] for i in again])  # fmt: skip
                 for i, points in zip(again, apart, strict=True):
                     sets[i] = points
@@ -192,20 +193,19 @@ class Predictor:
             answers.append(instances[: len(own)] + [i for i in others if i.score >= least])
         return answers
 
-    def _settled(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example], prompt: str, found: Found) -> Found:
+    def _settled(self, image: np.ndarray, schema: KeypointSchema, prepared: _Prepared | None, named: bool, found: Found) -> Found:
         """Boxes moved to where the points in them say that the object is, each object once. Without support nobody knows how far
         an object reaches beyond its points, and the boxes stay.
 
         An object as large as its image is found best by its points in the whole image: that box stands for the one it overlaps.
         """
-        if not len(found.boxes) or not support or prompt == "text":
+        if not len(found.boxes) or prepared is None:
             return found
         with torch.inference_mode():
-            prepared = self._prepare(schema, support)
-            sets = self._points([image] * len(found.boxes), list(found.boxes), schema, prepared, prompt != "visual")
+            sets = self._points([image] * len(found.boxes), list(found.boxes), schema, prepared, named)
             boxes = np.stack([self._around(s, prepared, image, least=1.0) for s in sets])
             boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, found.boxes)
-            rough = self._find(image, schema, prepared, prompt != "visual") if prepared.share * WINDOW >= LARGE else None
+            rough = self._find(image, schema, prepared, named) if prepared.share * WINDOW >= LARGE else None
         if rough is not None:
             same = box_iou(rough[None], boxes)[0]
             boxes[same.argmax()] = rough if same.max() > SAME_LARGE else boxes[same.argmax()]
@@ -215,13 +215,15 @@ class Predictor:
     def find_objects(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example] = (), prompt: str = "auto",
                      least: float = SHOWN) -> Found:  # fmt: skip
         """Boxes of all objects of one image, the surest first."""
-        if support and prompt != "text":
-            with torch.inference_mode():
-                prepared = self._prepare(schema, support)
-            tight, share = prepared.tight, prepared.share
-        else:
-            tight, share = None, None
-        named = prompt != "visual"
+        return self._search(image, schema, *self._prompted(schema, support, prompt), least)
+
+    def _prompted(self, schema: KeypointSchema, support: Sequence[Example], prompt: str) -> tuple[_Prepared | None, bool]:
+        """The support set where it is looked at, and whether names are read."""
+        with torch.inference_mode():
+            return self._prepare(schema, support) if support and prompt != "text" else None, prompt != "visual"
+
+    def _search(self, image: np.ndarray, schema: KeypointSchema, prepared: _Prepared | None, named: bool, least: float) -> Found:
+        tight, share = (prepared.tight, prepared.share) if prepared else (None, None)
 
         def detect(crops: Sequence[Crop]) -> tuple[np.ndarray, np.ndarray]:
             boxes, scores = [], []

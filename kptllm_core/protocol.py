@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kptllm_core.dataset import Sample, held_out, load_coco
+from kptllm_core.dataset import KeypointDataset, Sample, held_out, load_coco
 from kptllm_core.errors import DataError
 from kptllm_core.geometry import box_of_points, similarity_crop
 from kptllm_core.imaging import cut_image, warp
@@ -61,15 +61,16 @@ class Category:
 
 def load_categories(folders: Sequence[Path], support: Path | None = None) -> list[Category]:
     """The categories of COCO folders, with the supports of another folder if one is named. Raises DataError."""
-    pool = _by_category(support) if support else {}
+    pool = _by_category(load_coco(support)) if support else {}
     found: dict[str, Category] = {}
     for folder in folders:
-        for name, samples in _by_category(folder).items():
+        data = load_coco(folder)
+        for name, samples in _by_category(data).items():
             supports = _matching(name, samples[0].schema, pool, support) if support else samples
             key = name if name not in found else f"{folder.name}/{name}"
             if key in found:
                 raise DataError(f"Category '{name}' of {folder} is given twice. Name each folder once.")
-            found[key] = Category(key, samples[0].schema, samples, supports, load_coco(folder).empty)
+            found[key] = Category(key, samples[0].schema, samples, supports, data.empty)
     return list(found.values())
 
 
@@ -95,13 +96,13 @@ def part_of(categories: Sequence[Category], part: str) -> list[Category]:
     return found
 
 
-def _by_category(folder: Path) -> dict[str, list[Sample]]:
+def _by_category(data: KeypointDataset) -> dict[str, list[Sample]]:
     """The usable objects (at least one placed point) of each category of a folder."""
-    found = load_coco(folder).by_category()
+    found = data.by_category()
     usable = {name: [s for s in samples if s.keypoints.placed.any()] for name, samples in found.items()}
     if not any(usable.values()):
         raise DataError(
-            f"{folder} has no object with a labelled keypoint. Expected COCO keypoints in annotations.json."
+            f"{data.folder} has no object with a labelled keypoint. Expected COCO keypoints in annotations.json."
         )
     return {name: samples for name, samples in usable.items() if samples}
 
