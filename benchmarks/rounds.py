@@ -7,7 +7,7 @@
 groups enough; a round on more labels adds to those of fewer. Up to eight of the labelled images are the support set, before and after,
 as in serving. The time is the training's own, on all cores unless --jobs says otherwise.
 
-A recipe is JSON: fields of `kptllm_core.train.Recipe` (rate, steps, seconds, episodes …), `lora_rank` and `lora_alpha`,
+A recipe is JSON: fields of `kptllm_core.loop.Recipe` (rate, steps, seconds, episodes …), `lora_rank` and `lora_alpha`,
 `full` (prefixes of the parts that are tuned whole) and `lora` (a regular expression of the layers that get LoRA). --ablate
 names a file of {"what it is called": recipe}. Finished rounds are kept in --reports, so an interrupted run goes on.
 """
@@ -41,9 +41,10 @@ from kptllm_core.dataset import Sample, load_coco
 from kptllm_core.errors import DataError, InvalidInput, KptError
 from kptllm_core.finder import COUNTED
 from kptllm_core.keypoints import KeypointSchema
+from kptllm_core.loop import Recipe
 from kptllm_core.predictor import Example, Predictor
 from kptllm_core.scoring import PointPredictor, score_predictor
-from kptllm_core.train import ADAPT, Recipe, train_adapter
+from kptllm_core.train import ADAPT, train_adapter
 
 SCORED = 100  # images at most
 SEARCHED = 25  # of them, for all objects that they show

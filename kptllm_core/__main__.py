@@ -83,6 +83,12 @@ sigmas and PCK@0.1, means over species. Deviations are listed in the report.""",
   python -m kptllm_core train --model nano --data people --data hands --out runs/nano
   python -m kptllm_core train --model nano --data people --data hands --out runs/nano --resume""",
     ),
+    "calibrate": Command(
+        "kptllm_core.calibrate", "fit how sure a found box is, on rendered kinds; after a pretraining",
+        """examples:
+  python -m kptllm_core calibrate --model runs/nano
+  python -m kptllm_core calibrate --model nano --dry-run""",
+    ),
     "serve": Command(
         "kptllm_core.serve", "answer over HTTP: one resident model, an adapter per project",
         """examples:

@@ -84,6 +84,19 @@ def save_checkpoint(folder: Path, model: KptLLM, tokenizer: PreTrainedTokenizerB
     publish(folder, write)
 
 
+def save_config(folder: Path, config: ModelConfig) -> None:
+    """Writes a checkpoint's config.json anew, whole or not at all; everything else stays as it is."""
+
+    def write(new: Path) -> None:
+        for path in folder.iterdir():
+            if path.is_file() and path.name != "manifest.json":
+                shutil.copy(path, new / path.name)
+        config.save(new)
+
+    verify(folder)
+    publish(folder, write)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """What a project learned: tensors by name, and where they belong."""

@@ -15,9 +15,9 @@ import numpy as np
 from kptllm_core import metrics
 from kptllm_core.dataset import Sample
 from kptllm_core.errors import DataError
-from kptllm_core.finder import COUNTED, SHOWN
+from kptllm_core.finder import COUNTED, FAINT
 from kptllm_core.instances import box_iou
-from kptllm_core.keypoints import KeypointSet
+from kptllm_core.keypoints import SHOWN, KeypointSet
 from kptllm_core.predictor import Instance
 from kptllm_core.report import INSTANCES
 
@@ -34,18 +34,20 @@ class Scene:
 
 
 def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
-    """{"box_ap50", "box_ap", "recall50", "oks_ap", "extra", "images", "objects"}; None where there is no true object.
+    """{"box_ap50", "box_ap", "recall50", "oks_ap", "extra", "calibration", "images", "objects"}; None where there is no true object.
 
     Average precision reads the ranking of up to `COUNTED` boxes an image. recall50: share of the true objects that a *shown* box
     (score of at least `SHOWN`) overlaps by half; extra: shown boxes per image that overlap none by half, or one that a surer box has.
+    calibration: expected calibration error of the scores, over the boxes that have at least `FAINT`.
     """
-    boxes, points, hit, total, extra = [], [], 0, 0, 0
+    boxes, points, sure, hit, total, extra = [], [], [], 0, 0, 0
     for scene in scenes:
         scores = np.array([i.score for i in scene.found])
         true = np.array([t.object_box() for t in scene.truth], np.float64).reshape(-1, 4)
         mine = np.array([i.keypoints.box for i in scene.found], np.float64).reshape(-1, 4)
         iou = box_iou(mine, true)
         boxes.append((scores, iou))
+        sure += [(score, right) for score, right in zip(scores, hits(scores, iou), strict=True) if score >= FAINT]
         points.append((scores, _oks(scene)))
         matched = int((iou[scores >= SHOWN].max(0, initial=0) >= 0.5).sum()) if len(mine) else 0
         total, hit, extra = total + len(true), hit + matched, extra + int((scores >= SHOWN).sum()) - matched
@@ -55,9 +57,20 @@ def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
         "recall50": hit / total if total else None,
         "oks_ap": metrics.mean_ap(points, COUNTED),
         "extra": extra / len(scenes),
+        "calibration": metrics.calibration_error(np.array([s for s, _ in sure]), np.array([r for _, r in sure])),
         "images": len(scenes),
         "objects": total,
     }
+
+
+def hits(scores: np.ndarray, iou: np.ndarray) -> np.ndarray:
+    """(D,) bool: which found boxes are right. The surest that overlaps a true one by half has it; iou: (D, G)."""
+    right, free = np.zeros(len(scores), bool), np.ones(iou.shape[1], bool)
+    for row in np.argsort(-scores, kind="stable"):
+        overlap = np.where(free, iou[row], 0.0)
+        if overlap.max(initial=0) >= 0.5:
+            right[row], free[overlap.argmax()] = True, False
+    return right
 
 
 def summary(scenes: Sequence[Scene]) -> dict[str, Any]:

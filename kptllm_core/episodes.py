@@ -89,8 +89,9 @@ class Images:
 
 
 CROWDED = 8  # objects of a rendered scene at most
-STRANGE = 0.1  # share of rendered scenes that show another kind: nothing to be found
-CLOSE = 0.5  # share of scenes that are a window around one of the objects, as a search with windows sees them
+STRANGE = 0.1  # share of scenes that show another kind: nothing to be found
+CLOSE = 0.4  # share of scenes that are a window around one of the objects, as a search with windows sees them
+ASIDE = 0.25  # share of scenes that are such a window anywhere in the image: most of those that a search looks at show no object, or a part
 INSIDE = 0.4  # of an object's box: with less of it in a window it is not asked for
 
 
@@ -123,9 +124,11 @@ class Labelled:
         samples = [groups[k][rng.integers(len(groups[k]))] for k in picked]
         pairs = [(self.images.read(s), s.keypoints) for s in samples]
         episode = make_episode(rng, pairs, samples[0].schema, size, self.augmentation, self.max_points)
-        shown = groups[keys[rng.integers(len(keys))]]
+        strange = len(self.kinds) > 1 and rng.random() < STRANGE
+        there = self.kinds[rng.choice(len(self.kinds), p=self.weight)] if strange else groups
+        shown = there[list(there)[rng.integers(len(there))]]
         one = shown[rng.integers(len(shown))]
-        boxes = self.beside.get((str(one.image_path), one.category), [])
+        boxes = self.beside.get((str(one.image_path), samples[0].category), [])
         return replace(episode, scene=make_scene(rng, self.images.read(one), boxes, size, self.augmentation))
 
 
@@ -216,11 +219,14 @@ def make_episode(rng: np.random.Generator, pairs: Sequence[tuple[np.ndarray, Key
 
 
 def make_scene(rng: np.random.Generator, image: np.ndarray, boxes: Sequence[np.ndarray], size: int, augmentation: Augmentation) -> Scene:
-    """The whole image, or a window around one of its objects, a little turned and coloured, with the boxes that it still holds."""
+    """The whole image, or a window around one of its objects or aside, a little turned and coloured, with the boxes that it still holds."""
     height, width = image.shape[:2]
     window, factor = np.array([0.0, 0.0, width, height]), rng.uniform(0.8, 1.15)
-    if len(boxes) and rng.random() < CLOSE:
-        window = np.asarray(boxes[int(rng.integers(len(boxes)))], np.float64)
+    draw = rng.random()
+    if len(boxes) and draw < CLOSE + ASIDE:
+        window = np.array(boxes[int(rng.integers(len(boxes)))], np.float64)
+        if draw < ASIDE:
+            window[:2] = rng.random(2) * np.maximum([width, height] - window[2:], 0)
         factor = min(rng.uniform(1.5, 5.0), 1.2 * max(width, height) / max(window[2:].max(), 1.0))
     crop = _random_crop(rng, window, size, factor, rng.uniform(-10, 10), rng.random() < augmentation.flip)
     picture = _colour(rng, warp(image, crop), _tint(rng, augmentation.colour), augmentation.colour)

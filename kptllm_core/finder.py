@@ -13,11 +13,11 @@ import numpy as np
 
 from kptllm_core.geometry import Crop, clip_box, crop_of_image, similarity_crop
 from kptllm_core.instances import distinct
+from kptllm_core.keypoints import SHOWN
 
 WINDOW = 2.4  # side of a search window, in sides of the support's objects
 LARGE = 0.9  # side of a search window over side of the image, from which on the whole image is enough
 MAX_WINDOWS = 64
-SHOWN = 0.3  # least score of an object that a person is shown
 FAINT = 0.05  # least score of a box whose points are looked for
 COUNTED = 20  # objects of an image in a figure, however faint: average precision reads the ranking, as COCO does of people with keypoints
 BORDER = 0.01  # of a window: a box that ends there, inside the image, is a part of an object that another window holds whole
@@ -40,7 +40,8 @@ def find(detect: Detect, width: int, height: int, share: float | None, size: int
     share: of the support's objects in their images, longer sides, or None without support. size: side of the crops, pixels.
     """
     crops = [crop_of_image(width, height, size)]
-    if share is not None and share * WINDOW < LARGE:
+    if needs_windows(share):
+        assert share is not None
         crops += windows(width, height, share * max(width, height) * WINDOW, size)
     raw, score = detect(crops)
     boxes, scores = [], []
@@ -57,6 +58,11 @@ def find(detect: Detect, width: int, height: int, share: float | None, size: int
     real = np.flatnonzero((found[:, 2:] > 1).all(1))
     index = real[distinct(found[real], sure[real])] if len(real) else real
     return Found(found[index], sure[index])
+
+
+def needs_windows(share: float | None) -> bool:
+    """Whether objects that take this share of the support's images are too small to be found in a whole image."""
+    return share is not None and share * WINDOW < LARGE
 
 
 def windows(width: int, height: int, side: float, size: int, most: int = MAX_WINDOWS) -> list[Crop]:

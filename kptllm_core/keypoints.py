@@ -15,6 +15,7 @@ import numpy as np
 from kptllm_core.errors import InvalidInput, SchemaError
 
 MAX_KEYPOINTS = 256
+SHOWN = 0.3  # least score of an object that was found, and that a person is shown unless somebody asked for another
 _SIDES = (
     ("left", "right"), ("links", "rechts"), ("gauche", "droite"), ("gauche", "droit"), ("izquierda", "derecha"),
     ("izquierdo", "derecho"), ("l", "r"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +33,12 @@ class Asked(NamedTuple):
     prompted: Tensor
     length: Tensor
     valid: Tensor
+
+    @classmethod
+    def of(cls, questions: Questions, batch: int, device: torch.device) -> Asked:
+        """The same questions for each image of a batch."""
+        arrays = (questions.tokens, questions.prompted, questions.length, np.ones(len(questions.length), bool))
+        return cls(*(torch.from_numpy(a).to(device).expand(batch, *a.shape) for a in arrays))
 
 
 class KptLLM(nn.Module):
@@ -92,18 +99,20 @@ class KptLLM(nn.Module):
         behind = ((slot >= Questions.IS_SLOT) & asked.prompted.unsqueeze(-1)).unsqueeze(-1)
         prompt, echo = (layer(prompts).unsqueeze(2).to(words.dtype) for layer in (self.prompt_token, self.echo))
         words = torch.where(at_prompt, prompt, words) + torch.where(behind, echo, 0.0)
-        sequence = torch.cat([image.to(words.dtype), set_tokens.to(words.dtype), words.flatten(1, 2)], 1)
+        place, used = packed(asked.length, width)
+        words = words.flatten(1, 2).gather(1, place.unsqueeze(-1).expand(-1, -1, words.shape[-1]))
+        sequence = torch.cat([image.to(words.dtype), set_tokens.to(words.dtype), words], 1)
 
         n_image, n_set = image.shape[1], set_tokens.shape[1]
-        device = words.device
         start = n_image + 1
-        position = torch.cat([torch.arange(n_image, device=device), torch.full((n_set,), n_image, device=device),
-                              (start + torch.arange(width, device=device)).repeat(count)])  # fmt: skip
-        mask = block_mask(n_image, prefix.known, asked)
-        bias = torch.zeros(mask.shape, dtype=sequence.dtype, device=device).masked_fill(~mask, torch.finfo(sequence.dtype).min)
-        hidden = self.llm.base_model(inputs_embeds=sequence, attention_mask=bias, position_ids=position.expand(batch, -1),
-                                     use_cache=False).last_hidden_state  # fmt: skip
-        states = hidden[:, n_image + n_set :].unflatten(1, (count, width))
+        position = torch.cat([torch.arange(n_image, device=words.device), torch.full((n_set,), n_image, device=words.device)])
+        position = torch.cat([position.expand(batch, -1), start + place % width], 1)
+        mask = block_mask(n_image, prefix.known, place // width, used)
+        bias = torch.zeros(mask.shape, dtype=sequence.dtype, device=words.device).masked_fill(~mask, torch.finfo(sequence.dtype).min)
+        hidden = self.llm.base_model(inputs_embeds=sequence, attention_mask=bias, position_ids=position, use_cache=False).last_hidden_state
+        hidden = hidden[:, n_image + n_set :] * used.unsqueeze(-1).to(hidden.dtype)
+        states = hidden.new_zeros(batch, count * width, hidden.shape[-1]).scatter(1, place.unsqueeze(-1).expand_as(hidden), hidden)
+        states = states.unflatten(1, (count, width))
         last = (asked.length - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, states.shape[-1])
         return states, states.gather(2, last).squeeze(2)
 
@@ -132,19 +141,29 @@ class KptLLM(nn.Module):
         return self.instances(features, [p.detach() for p in planes], heat.detach(), state, asked.valid)
 
 
-def block_mask(n_image: int, known: Tensor, asked: Asked) -> Tensor:
-    """(B, 1, L, L) bool, True = may look. known: (B, M) of the support set. Every row sees at least itself."""
-    batch, count, width = asked.tokens.shape
-    device = known.device
-    n_set = known.shape[1]
-    prefix, total = n_image + n_set, n_image + n_set + count * width
+def packed(length: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Segments without their padding, one behind the other: what an LLM pass costs is then what was asked.
+
+    length: (B, K) of K segments of `width` slots. Returns place (B, L): which of the K · width slots stands there, in order, and
+    used (B, L): False where a row has fewer than the longest.
+    """
+    used = (torch.arange(width, device=length.device) < length.unsqueeze(-1)).flatten(1)
+    place = (~used).to(torch.uint8).argsort(dim=-1, stable=True)[:, : int(used.sum(-1).max())]
+    return place, used.gather(1, place)
+
+
+def block_mask(n_image: int, known: Tensor, segment: Tensor, used: Tensor) -> Tensor:
+    """(B, 1, L, L) bool, True = may look. known: (B, M) of the support set. segment, used: (B, T) of the tokens behind it, each
+    segment's in their order. Every row sees at least itself."""
+    batch, device = known.shape[0], known.device
+    prefix = n_image + known.shape[1]
+    total = prefix + segment.shape[1]
     mask = torch.zeros(batch, total, total, dtype=torch.bool, device=device)
     mask[:, :n_image, :n_image] = torch.ones(n_image, n_image, device=device).tril().bool()
     mask[:, n_image:, :n_image] = True
     mask[:, n_image:, n_image:prefix] = known[:, None, :]
-    own = torch.block_diag(*[torch.ones(width, width, device=device).tril()] * count).bool()
-    used = torch.arange(width, device=device) < asked.length.unsqueeze(-1)
-    mask[:, prefix:, prefix:] = own & used.flatten(1)[:, None, :]
+    own = (segment.unsqueeze(2) == segment.unsqueeze(1)) & used.unsqueeze(1)
+    mask[:, prefix:, prefix:] = own.tril()
     mask |= torch.eye(total, dtype=torch.bool, device=device)
     return mask.unsqueeze(1)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from kptllm_core.checkpoint import Checkpoint, load_adapter, load_checkpoint
 from kptllm_core.claims import Taken, claims, yielded
 from kptllm_core.decoder import Answer, Support, peak
 from kptllm_core.errors import InvalidInput
-from kptllm_core.finder import FAINT, LARGE, SHOWN, WINDOW, Found
+from kptllm_core.finder import FAINT, Found, needs_windows
 from kptllm_core.geometry import (
     Crop,
     box_of_points,
@@ -30,12 +29,17 @@ from kptllm_core.geometry import (
 )
 from kptllm_core.imaging import warp
 from kptllm_core.instances import MOST, box_iou, distinct
-from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
-from kptllm_core.language import MAX_NAME_TOKENS, Questions, read_name, write_questions
+from kptllm_core.keypoints import SHOWN, KeypointSchema, KeypointSet, Visibility
+from kptllm_core.language import write_questions
 from kptllm_core.lexicon import lexicon
 from kptllm_core.model import Asked
+from kptllm_core.naming import choose_names, write_names
 from kptllm_core.objective import RARE
-from kptllm_core.vision import Features, grid_positions
+from kptllm_core.support import Example, Prepared, margin_of, support_key, usable_box, with_margin
+from kptllm_core.sureness import least_seen, search_kind, sureness, trust
+from kptllm_core.vision import grid_positions
+
+__all__ = ["Example", "Instance", "Predictor", "load_predictor"]
 
 PROMPTS = ("auto", "visual", "text", "both")
 MAX_SHOTS = 10
@@ -44,39 +48,17 @@ TELLING = 4  # points of an object from which on the others tell of one where it
 SAME_AS_GIVEN = 0.5  # overlap (IoU) with a drawn box from which on a found one is the same object
 GONE = 20.0  # logits below a heatmap's least: nothing pulls a point there
 SAME_SETTLED = 0.5  # the same, of boxes that lie where their points are
-STEEP, HALF, NEARLY = 28.0, 0.33, 0.99
 SAME_LARGE = 0.3  # the same, of a rough box and the one found by an object's points in the whole image
 MAX_WINDOWS = 25  # in which one object alone is looked for
 
 
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One support example. image: (H, W, 3) uint8; keypoints in its pixels."""
-
-    image: np.ndarray
-    keypoints: KeypointSet
-    key: str | None = None
-    """The hash of the image where the caller knows it; saves hashing the pixels to find the example again."""
-
-
 class Instance(NamedTuple):
-    """One object of an image. keypoints: with its box. score: 0…1, how likely the box overlaps a true one by half; 1 if a person
-    drew it."""
+    """One object of an image. keypoints: with its box. score: 0…1, how likely the box is a true one's (overlaps it by half, and no
+    surer box does); 1 if a person drew it. seen: 0…1, what the head that finds boxes said of this one."""
 
     keypoints: KeypointSet
     score: float
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A support set, encoded twice: cropped to its objects, and as whole images (to find the object with)."""
-
-    tight: Support
-    whole: Support
-    margin: np.ndarray
-    """(4,) how far the objects' boxes reach beyond their points on the left, top, right, bottom; shares of the points' extent."""
-    share: float
-    """Median of box side over image side."""
+    seen: float = 1.0
 
 
 def load_predictor(model: str | Path, adapter: str | Path | None = None, device: str = "auto", untrained: bool = False) -> Predictor:
@@ -99,7 +81,7 @@ class Predictor:
         self.adapter: str | None = None
         self._switch: AdapterSwitch | None = None
         self._weights = self.base
-        self._supports: OrderedDict[str, _Prepared] = OrderedDict()
+        self._supports: OrderedDict[str, Prepared] = OrderedDict()
 
     @property
     def size(self) -> int:
@@ -148,7 +130,7 @@ class Predictor:
             found = [b if b is not None else self._find(i, schema, prepared, named) for i, b in zip(images, boxes, strict=True)]
             return self._points(images, found, schema, prepared, named, order, fixed)
 
-    def _points(self, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray | None], schema: KeypointSchema, prepared: _Prepared | None,
+    def _points(self, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray | None], schema: KeypointSchema, prepared: Prepared | None,
                 named: bool, order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None,
                 taken: Sequence[Taken] | None = None) -> list[KeypointSet]:  # fmt: skip
         crops = [self._crop(i, b) for i, b in zip(images, boxes, strict=True)]
@@ -170,15 +152,16 @@ class Predictor:
         """
         given = [np.zeros((0, 4)) if b is None else np.asarray(b, np.float64).reshape(-1, 4) for b in boxes or [None] * len(images)]
         prepared, named = self._prompted(schema, support, prompt)
+        weights = self.model.config.sureness[search_kind(prepared.share if prepared else None)]
+        faint = max(least_seen(least, weights), FAINT)
         answers: list[list[Instance]] = []
         for image, own in zip(images, given, strict=True):
             found = Found(np.zeros((0, 4)), np.zeros(0))
             if find:
-                found = self._search(image, schema, prepared, named, max(least / 2, FAINT))
+                found = self._search(image, schema, prepared, named, faint)
                 found = self._settled(image, schema, prepared, named, found)
             new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)[:most]
             every = np.concatenate([own, found.boxes[new]])
-            scores = [1.0] * len(own) + found.score[new].tolist()
             sets = self.predict([image] * len(every), schema, support, list(every), prompt) if len(every) else []
             claimed = claims(sets)
             if again := [i for i, claim in enumerate(claimed) if claim]:
@@ -188,12 +171,12 @@ class Predictor:
                 for i, points in zip(again, apart, strict=True):
                     sets[i] = points
                 sets = yielded(sets)
-            instances = [Instance(s, v if i < len(own) else _sureness(v, s)) for i, (s, v) in enumerate(zip(sets, scores, strict=True))]
-            others = sorted(instances[len(own) :], key=lambda i: -i.score)
-            answers.append(instances[: len(own)] + [i for i in others if i.score >= least])
+            others = [Instance(s, sureness(v, trust(s), weights), v) for s, v in zip(sets[len(own) :], found.score[new], strict=True)]
+            others.sort(key=lambda i: -i.score)
+            answers.append([Instance(s, 1.0) for s in sets[: len(own)]] + [i for i in others if i.score >= least])
         return answers
 
-    def _settled(self, image: np.ndarray, schema: KeypointSchema, prepared: _Prepared | None, named: bool, found: Found) -> Found:
+    def _settled(self, image: np.ndarray, schema: KeypointSchema, prepared: Prepared | None, named: bool, found: Found) -> Found:
         """Boxes moved to where the points in them say that the object is, each object once. Without support nobody knows how far
         an object reaches beyond its points, and the boxes stay.
 
@@ -205,7 +188,7 @@ class Predictor:
             sets = self._points([image] * len(found.boxes), list(found.boxes), schema, prepared, named)
             boxes = np.stack([self._around(s, prepared, image, least=1.0) for s in sets])
             boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, found.boxes)
-            rough = self._find(image, schema, prepared, named) if prepared.share * WINDOW >= LARGE else None
+            rough = None if needs_windows(prepared.share) else self._find(image, schema, prepared, named)
         if rough is not None:
             same = box_iou(rough[None], boxes)[0]
             boxes[same.argmax()] = rough if same.max() > SAME_LARGE else boxes[same.argmax()]
@@ -217,12 +200,12 @@ class Predictor:
         """Boxes of all objects of one image, the surest first."""
         return self._search(image, schema, *self._prompted(schema, support, prompt), least)
 
-    def _prompted(self, schema: KeypointSchema, support: Sequence[Example], prompt: str) -> tuple[_Prepared | None, bool]:
+    def _prompted(self, schema: KeypointSchema, support: Sequence[Example], prompt: str) -> tuple[Prepared | None, bool]:
         """The support set where it is looked at, and whether names are read."""
         with torch.inference_mode():
             return self._prepare(schema, support) if support and prompt != "text" else None, prompt != "visual"
 
-    def _search(self, image: np.ndarray, schema: KeypointSchema, prepared: _Prepared | None, named: bool, least: float) -> Found:
+    def _search(self, image: np.ndarray, schema: KeypointSchema, prepared: Prepared | None, named: bool, least: float) -> Found:
         tight, share = (prepared.tight, prepared.share) if prepared else (None, None)
 
         def detect(crops: Sequence[Crop]) -> tuple[np.ndarray, np.ndarray]:
@@ -233,7 +216,7 @@ class Predictor:
                     features = self.model.encode(self._pixels([image] * len(part), part))
                     whole = tight.repeat(len(part)) if tight is not None else self.model.no_support(len(part), len(schema), self.device)
                     words = [lexicon().canonical(n) for n in schema.names] if named else [None] * len(schema)
-                    asked = self._asked(write_questions(self.tokenizer, words, [tight is not None] * len(schema)), len(part))
+                    asked = Asked.of(write_questions(self.tokenizer, words, [tight is not None] * len(schema)), len(part), self.device)
                     found = self.model.detect(features, whole, asked._replace(prompted=asked.prompted & whole.known))
                     boxes.append(found.boxes.cpu().numpy())
                     scores.append(found.score.sigmoid().cpu().numpy())
@@ -255,27 +238,27 @@ class Predictor:
             places = torch.from_numpy(crop.to_crop(xy) / self.size).float().clamp(0, 1)[None].to(self.device)
             tokens = self.model.extractor(features, places)
             if candidates:
-                return self._choose(features, tokens[0], list(candidates))
-            return self._write(features, tokens)
+                return choose_names(self.model, self.tokenizer, features, tokens, list(candidates))
+            return write_names(self.model, self.tokenizer, features, tokens)
 
     def _crop(self, image: np.ndarray, box: np.ndarray | None) -> Crop:
         return crop_of_image(image.shape[1], image.shape[0], self.size) if box is None else crop_of_box(box, self.size)
 
-    def _prepare(self, schema: KeypointSchema, support: Sequence[Example]) -> _Prepared:
-        key = _support_key(self._weights, schema, support)
+    def _prepare(self, schema: KeypointSchema, support: Sequence[Example]) -> Prepared:
+        key = support_key(self._weights, schema, support)
         if key in self._supports:
             self._supports.move_to_end(key)
             return self._supports[key]
         points = [e.keypoints.reorder(schema.names) for e in support]
         if not any(p.placed.any() for p in points):
             raise InvalidInput("No support example has a labelled point of this schema. Label at least one.")
-        boxes = [_usable_box(p, e.image) for p, e in zip(points, support, strict=True)]
+        boxes = [usable_box(p, e.image) for p, e in zip(points, support, strict=True)]
         images = [e.image for e in support]
         tight = self._support(images, points, [crop_of_box(b, self.size) for b in boxes])
         whole = self._support(images, points, [crop_of_image(i.shape[1], i.shape[0], self.size) for i in images])
-        margins = [_margin(p, b) for p, b in zip(points, boxes, strict=True) if p.placed.any()]
+        margins = [margin_of(p, b) for p, b in zip(points, boxes, strict=True) if p.placed.any()]
         shares = [max(b[2], b[3]) / max(i.shape[:2]) for b, i in zip(boxes, images, strict=True)]
-        prepared = _Prepared(tight, whole, np.mean(margins, 0), float(np.median(shares)))
+        prepared = Prepared(tight, whole, np.mean(margins, 0), float(np.median(shares)))
         self._supports[key] = prepared
         if len(self._supports) > 32:
             self._supports.popitem(last=False)
@@ -288,21 +271,21 @@ class Predictor:
         shots = [features.pick(slice(s, s + 1)) for s in range(len(images))]
         return self.model.support(shots, torch.from_numpy(xy).float()[None].to(self.device), known)
 
-    def _find(self, image: np.ndarray, schema: KeypointSchema, prepared: _Prepared | None, named: bool) -> np.ndarray | None:
+    def _find(self, image: np.ndarray, schema: KeypointSchema, prepared: Prepared | None, named: bool) -> np.ndarray | None:
         """A rough box of the object in the whole image, or None if the whole image serves as well."""
         height, width = image.shape[:2]
         support = prepared.whole if prepared else None
         crops = [crop_of_image(width, height, self.size)]
         sets = self._answer([image], crops, schema, support, named)
-        if prepared is not None and prepared.share * WINDOW < LARGE:
-            crops = finder.windows(width, height, prepared.share * max(width, height) * WINDOW, self.size, MAX_WINDOWS)
+        if prepared is not None and needs_windows(prepared.share):
+            crops = finder.windows(width, height, prepared.share * max(width, height) * finder.WINDOW, self.size, MAX_WINDOWS)
             for start in range(0, len(crops), BATCH):
                 part = crops[start : start + BATCH]
                 sets += self._answer([image] * len(part), part, schema, prepared.tight, named)
-        box = self._around(max(sets, key=_trust), prepared, image, 0.15 * max(width, height) if len(schema) == 1 else 1.0)
+        box = self._around(max(sets, key=trust), prepared, image, 0.15 * max(width, height) if len(schema) == 1 else 1.0)
         return box if np.isfinite(box).all() else None
 
-    def _around(self, points: KeypointSet, prepared: _Prepared | None, image: np.ndarray, least: float) -> np.ndarray:
+    def _around(self, points: KeypointSet, prepared: Prepared | None, image: np.ndarray, least: float) -> np.ndarray:
         """(4,) a box around the points that are not much less sure than most; not a number where they are too few.
 
         least: longer side of the points' hull, pixels, if it has none."""
@@ -310,7 +293,7 @@ class Predictor:
         if sure.sum() < min(2, len(points)):
             return np.full(4, np.nan)
         margin = prepared.margin if prepared is not None else np.full(4, 0.1)
-        box = clip_box(_with_margin(points.xy[sure], margin, least), image.shape[1], image.shape[0])
+        box = clip_box(with_margin(points.xy[sure], margin, least), image.shape[1], image.shape[0])
         return box if min(box[2], box[3]) > 1 else np.full(4, np.nan)
 
     def _answer(self, images: Sequence[np.ndarray], crops: Sequence[Crop], schema: KeypointSchema, support: Support | None, named: bool,
@@ -325,7 +308,7 @@ class Predictor:
         part = whole if order is None else whole.select(index)
         words = [lexicon().canonical(n) for n in names] if named else [None] * len(names)
         questions = write_questions(self.tokenizer, words, [support is not None] * len(names))
-        asked = self._asked(questions, batch)
+        asked = Asked.of(questions, batch, self.device)
         asked = asked._replace(prompted=asked.prompted & part.known)
         _, state = model.ask(features, whole, part.token, asked)
         planes = model.correlate(features, part)
@@ -373,104 +356,15 @@ class Predictor:
         sure = heat.flatten(1).softmax(-1).amax(-1).cpu().numpy()
         return KeypointSet(tuple(names), xy, np.full(len(names), Visibility.VISIBLE), sure)
 
-    def _finish(self, points: KeypointSet, box: np.ndarray | None, image: np.ndarray, prepared: _Prepared | None) -> KeypointSet:
+    def _finish(self, points: KeypointSet, box: np.ndarray | None, image: np.ndarray, prepared: Prepared | None) -> KeypointSet:
         """Points moved onto the image, and a box around them where none was given or found."""
         height, width = image.shape[:2]
         xy = clip_to_image(points.xy, width, height)
         if box is None and points.placed.any():
             margin = prepared.margin if prepared is not None else np.full(4, 0.1)
-            box = clip_box(_with_margin(xy[points.placed], margin, 1.0), width, height)
+            box = clip_box(with_margin(xy[points.placed], margin, 1.0), width, height)
         return KeypointSet(points.names, xy, points.visibility, points.score, box)
-
-    def _asked(self, questions: Questions, batch: int) -> Asked:
-        put = lambda a: torch.from_numpy(a).to(self.device).expand(batch, *a.shape)  # noqa: E731
-        return Asked(put(questions.tokens), put(questions.prompted), put(questions.length), put(np.ones(len(questions.length), bool)))
 
     def _pixels(self, images: Sequence[np.ndarray], crops: Sequence[Crop]) -> Tensor:
         stack = np.stack([warp(i, c) for i, c in zip(images, crops, strict=True)])
         return torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.device)
-
-    def _write(self, features: Features, tokens: Tensor) -> list[tuple[str, float]]:
-        """Greedy decoding of all K names at once."""
-        count = tokens.shape[1]
-        empty = self.model.no_support(1, 1, self.device)
-        start = write_questions(self.tokenizer, [None] * count, [True] * count)
-        written = torch.from_numpy(start.tokens[:, :-1]).to(self.device)
-        chance = torch.zeros(count, device=self.device)
-        ended = torch.zeros(count, dtype=torch.bool, device=self.device)
-        end = int(start.tokens[0, -1])
-        on = torch.ones(1, count, dtype=torch.bool, device=self.device)
-        for _ in range(MAX_NAME_TOKENS + 1):
-            asked = Asked(written[None], on, torch.full((1, count), written.shape[1], device=self.device), on)
-            _, state = self.model.ask(features, empty, tokens, asked)
-            value, token = self.model.words(state[0]).float().log_softmax(-1).max(-1)
-            chance = chance + torch.where(ended, 0.0, value)
-            written = torch.cat([written, torch.where(ended, end, token)[:, None]], 1)
-            ended = ended | (token == end)
-            if bool(ended.all()):
-                break
-        words = written[:, Questions.IS_SLOT + 1 :].tolist()
-        return [(read_name(self.tokenizer, w), float(c.exp())) for w, c in zip(words, chance, strict=True)]
-
-    def _choose(self, features: Features, tokens: Tensor, candidates: list[str]) -> list[tuple[str, float]]:
-        """The likeliest of the given names for each of K points."""
-        questions = write_questions(self.tokenizer, candidates, [True] * len(candidates))
-        chosen: list[tuple[str, float]] = []
-        for start in range(0, len(tokens), BATCH):
-            part = tokens[start : start + BATCH]
-            asked = self._asked(questions, len(part))
-            some = features.repeat(len(part))
-            prompts = part[:, None].expand(-1, len(candidates), -1)
-            states, _ = self.model.ask(some, self.model.no_support(len(part), 1, self.device), prompts, asked)
-            told = self.model.words(states[:, :, :-1]).float().log_softmax(-1).gather(-1, asked.tokens[:, :, 1:, None]).squeeze(-1)
-            slot = torch.arange(told.shape[-1], device=self.device)
-            counts = (slot >= Questions.IS_SLOT) & (slot < asked.length.unsqueeze(-1) - 1)
-            chance, best = (told * counts).sum(-1).softmax(-1).max(-1)
-            chosen += [(candidates[int(b)], float(c)) for b, c in zip(best, chance, strict=True)]
-        return chosen
-
-
-def _support_key(weights: str, schema: KeypointSchema, support: Sequence[Example]) -> str:
-    digest = hashlib.sha256(repr((weights, schema.names)).encode())
-    for example in support:
-        image = example.key or hashlib.sha256(np.ascontiguousarray(example.image).data).hexdigest()
-        digest.update(repr((image, example.image.shape, example.keypoints.to_json())).encode())
-    return digest.hexdigest()
-
-
-def _usable_box(points: KeypointSet, image: np.ndarray) -> np.ndarray:
-    """The example's box; where it has none or one without area, the padded hull of its points (or the image)."""
-    if points.box is not None and min(points.box[2], points.box[3]) > 0:
-        return points.box
-    if not points.placed.any():
-        return np.array([0, 0, image.shape[1], image.shape[0]], np.float32)
-    box = box_of_points(points.xy[points.placed], 0.1)
-    return box if max(box[2], box[3]) > 2 else box_of_points(points.xy[points.placed], 0.05 * max(image.shape[:2]))
-
-
-def _margin(points: KeypointSet, box: np.ndarray) -> np.ndarray:
-    hull = box_of_points(points.xy[points.placed])
-    side = max(hull[2], hull[3], 1.0)
-    reach = np.array([hull[0] - box[0], hull[1] - box[1], box[0] + box[2] - hull[0] - hull[2], box[1] + box[3] - hull[1] - hull[3]])
-    return np.clip(reach / side, -0.2, 2.0)
-
-
-def _with_margin(xy: np.ndarray, margin: np.ndarray, least: float) -> np.ndarray:
-    hull = box_of_points(xy)
-    side = max(hull[2], hull[3], least)
-    left, top, right, bottom = margin * side
-    return np.array([hull[0] - left, hull[1] - top, hull[2] + left + right, hull[3] + top + bottom])
-
-
-def _sureness(box: float, points: KeypointSet) -> float:
-    """Of a found object: how likely its box overlaps a true one by half.
-
-    The geometric mean of the box's score and the points' confidence, which ranks better than either, through a logistic function
-    that was fitted on rendered kinds (Platt scaling). Only what a person drew is certain.
-    """
-    return min(float(1 / (1 + np.exp(-STEEP * (np.sqrt(box * _trust(points)) - HALF)))), NEARLY)
-
-
-def _trust(points: KeypointSet) -> float:
-    """Mean score over all points; those that are said to be absent count 0."""
-    return float((points.score * points.placed).mean())

@@ -16,7 +16,7 @@ from kptllm_core.errors import DataError
 from kptllm_core.keypoints import KeypointSet, Visibility
 from kptllm_core.language import plain_words
 
-INSTANCES = ("box_ap50", "box_ap", "recall50", "extra", "oks_ap")  # figures of `--task instances`
+INSTANCES = ("box_ap50", "box_ap", "recall50", "extra", "oks_ap", "calibration")  # figures of `--task instances`
 NAMING_RULE = (
     "Two names are the same if their plain words are: case is ignored; punctuation, camel case and the border between "
     "letters and digits separate words; l and r (lft, rgt, lt, rt) read left and right; left and right come first. "
@@ -197,8 +197,8 @@ def table(report: dict[str, Any]) -> str:
 
 def _instances_table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     width = max(len(name) for name, _ in rows)
-    head = " " * width + "".join(f"{k:>11}" for k in INSTANCES)
-    return "\n".join([head, *(name.ljust(width) + "".join(f"{_number(row[k]):>11}" for k in INSTANCES) for name, row in rows)])
+    head = " " * width + "".join(f"{k:>13}" for k in INSTANCES)
+    return "\n".join([head, *(name.ljust(width) + "".join(f"{_number(row[k]):>13}" for k in INSTANCES) for name, row in rows)])
 
 
 def _detection_cells(row: dict[str, Any]) -> list[str]:

@@ -36,11 +36,10 @@ from typing import Any
 from xml.etree.ElementTree import Element
 
 from kptllm_core.errors import SchemaError
-from kptllm_core.keypoints import KeypointSchema, symmetric_pairs
+from kptllm_core.keypoints import SHOWN, KeypointSchema, symmetric_pairs
 from label_config.markup import children_of, flag, fraction, integer, number, parse_xml, show, wire_of
 
 OCCLUDED_WORDS = ("occluded", "hidden", "invisible", "not visible", "verdeckt", "occulté", "oculto")
-FOUND = 0.3  # score below which an object that was found is rather none, unless the config says otherwise
 UNDEFINED = "$undefined$"  # the key under which Label Studio imports plain files, until a config names it
 
 EXAMPLE = """<View>
@@ -78,7 +77,7 @@ class KeypointControl:
     occluded_choice: str = ""  # its choice that means "hidden", as the wire carries it
     missing: str = "unlabelled"
     score_threshold: float = 0.0
-    found_threshold: float = FOUND  # the same for objects that nobody drew a box for
+    found_threshold: float = SHOWN  # the same for objects that nobody drew a box for
     point_threshold: float = 0.0
     point_size: float | None = None  # pixels; None: half a per cent of the image's width
     add_bboxes: bool = True
@@ -215,7 +214,7 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
     return KeypointControl(
         from_name, to_name, image.get("value", ""), schema, wire, shown, box, occluded, choice, missing,
         score_threshold=fraction(element, "model_score_threshold", 0.0),
-        found_threshold=fraction(element, "model_score_threshold", FOUND),
+        found_threshold=fraction(element, "model_score_threshold", SHOWN),
         point_threshold=fraction(element, "model_point_threshold", 0.0),
         point_size=number(element, "model_point_size", None),
         add_bboxes=flag(element, "model_add_bboxes", True),

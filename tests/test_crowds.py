@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kptllm_core.__main__ import main
-from kptllm_core.crowds import Scene, figures, summary
+from kptllm_core.crowds import Scene, figures, hits, summary
 from kptllm_core.dataset import load_coco
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.predictor import Instance
@@ -35,10 +35,17 @@ def test_all_found_none_found_and_too_many_found() -> None:
     assert figures([twice])["extra"] == 1.0 and figures([right])["extra"] == 0.0  # the fourth is not shown
     unsure = Scene("fish", truth, [Instance(t, 0.1) for t in truth])
     assert figures([unsure])["recall50"] == 0.0 and figures([unsure])["box_ap50"] == 1.0
+    assert figures([right])["calibration"] == pytest.approx(0.1) and figures([twice])["calibration"] == pytest.approx((0.1 + 0.2 + 0.4 + 0.1) / 4)
     nothing = figures([Scene("fish", [], [Instance(truth[0], 0.9)]), Scene("fish", [], [])])
     assert nothing["recall50"] is None and nothing["extra"] == 0.5
     both = summary([right, Scene("bird", truth, [])])
     assert both["recall50"] == 0.5 and both["per_category"]["fish"]["recall50"] == 1.0
+
+
+def test_of_two_boxes_on_one_object_the_surer_is_right() -> None:
+    iou = np.array([[0.9, 0.0], [0.6, 0.0], [0.0, 0.4]])
+    assert hits(np.array([0.3, 0.8, 0.9]), iou).tolist() == [False, True, False]
+    assert hits(np.array([0.5]), np.zeros((1, 0))).tolist() == [False] and hits(np.zeros(0), np.zeros((0, 2))).tolist() == []
 
 
 def test_rendered_scenes_are_evaluated_from_a_folder(tmp_path: Path) -> None:

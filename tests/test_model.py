@@ -14,7 +14,7 @@ from kptllm_core.config import ModelConfig, model_folder
 from kptllm_core.decoder import Answer, peak, robust_fit, similarity_fit
 from kptllm_core.geometry import similarity_crop
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
-from kptllm_core.model import KptLLM
+from kptllm_core.model import KptLLM, block_mask, packed
 from kptllm_core.predictor import Example, Predictor, load_predictor
 from kptllm_core.synthetic import Category
 
@@ -94,10 +94,19 @@ def test_a_click_is_a_hard_constraint(predictor: Predictor, scene: tuple[Keypoin
     assert np.abs(held.xy - free.xy).max() > 0
 
 
+def test_questions_are_packed_without_their_padding() -> None:
+    place, used = packed(torch.tensor([[2, 0, 3], [1, 1, 0]]), 4)
+    assert place[0].tolist() == [0, 1, 8, 9, 10] and used[0].all()
+    assert place[1, :2].tolist() == [0, 4] and used[1].tolist() == [True, True, False, False, False]
+    mask = block_mask(1, torch.ones(2, 0, dtype=torch.bool), place // 4, used)[0, 0]
+    assert mask[1:, 0].all() and mask[2, 1] and not mask[1, 2] and not mask[3:, 1:3].any() and mask[5, 3:6].all()
+
+
 def test_lora_leaves_base_weights_untouched_and_an_adapter_comes_back(tmp_path: Path, coco_folder: Path, tiny_model: str,
                                                                      scene: tuple[KeypointSchema, list[Example]]) -> None:  # fmt: skip
     from kptllm_core.checkpoint import ADAPTER, load_checkpoint
-    from kptllm_core.train import ADAPT, Recipe, train_adapter
+    from kptllm_core.loop import Recipe
+    from kptllm_core.train import ADAPT, train_adapter
 
     schema, examples = scene
     untouched = load_checkpoint(tiny_model).model.state_dict()

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from kptllm_core import train
+from kptllm_core.__main__ import main
 from kptllm_core.checkpoint import load_checkpoint
 from kptllm_core.dataset import held_out, load_coco
-from kptllm_core.episodes import Augmentation, Labelled, Rendered, SelfPairs, make_episode, structured_points
+from kptllm_core.episodes import (
+    Augmentation,
+    Labelled,
+    Rendered,
+    SelfPairs,
+    make_episode,
+    make_scene,
+    structured_points,
+)
 from kptllm_core.errors import ArtifactError, DataError, InvalidInput, KptError
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import train_tokenizer
+from kptllm_core.loop import Loop, Recipe, stream
 from kptllm_core.model import KptLLM
 from kptllm_core.objective import collate, heat_target, loss_of, words_loss
-from kptllm_core.train import ADAPT, PRETRAIN, Loop, Recipe, _stream, pretrain, take_over, train_adapter
+from kptllm_core.train import ADAPT, PRETRAIN, pretrain, take_over, train_adapter
 
 QUICK = Recipe(**{**vars(PRETRAIN), "workers": 0, "episodes": 2, "max_points": 6, "warmup": 2, "naming": 2})
 STILL = Augmentation(upright=1.0, anyway=0.0, loose=0.0, colour=0.0, flip=0.0)
@@ -106,7 +119,7 @@ def test_words_are_counted_from_is_to_keypoint(tiny_model: str) -> None:
 def test_a_few_steps_lower_the_loss_of_a_fixed_batch(tiny_model: str, coco_folder: Path, tmp_path: Path) -> None:
     loaded = load_checkpoint(tiny_model, untrained=True)
     recipe = Recipe(**{**vars(QUICK), "steps": 25, "rate": 3e-3})
-    batch = next(_stream([(Labelled(load_coco(coco_folder).samples, STILL, 6), 1.0)], loaded.tokenizer, recipe, 64, 0))
+    batch = next(stream([(Labelled(load_coco(coco_folder).samples, STILL, 6), 1.0)], loaded.tokenizer, recipe, 64, 0))
     batch["clicked"][:] = False
     loop = Loop(loaded.model, recipe, tmp_path / "state.safetensors", torch.device("cpu"))
     losses: list[float] = []
@@ -127,6 +140,58 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, tiny_model:
     again = load_checkpoint(tmp_path / "out")
     assert again.base.startswith("tiny-")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 6
+
+
+def test_crops_grow_as_the_budget_is_used_up(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small crops first; a run that goes on in the middle does not begin with small ones again."""
+    sides: list[int] = []
+    real = train.stream
+
+    def noted(sources: Any, tokenizer: Any, recipe: Recipe, size: int, *rest: Any) -> Any:
+        sides.append(size)
+        return real(sources, tokenizer, recipe, size, *rest)
+
+    monkeypatch.setattr(train, "stream", noted)
+    whole = load_checkpoint(tiny_model).model.config.image_size
+    recipe = Recipe(**{**vars(QUICK), "steps": 4, "growth": ((0.5, 0.25), (0.75, 0.5))})
+    seen: list[int] = []
+    note = lambda now: seen.append(now["step"])  # noqa: E731
+    assert pretrain(tiny_model, [], tmp_path / "out", recipe, progress=note, should_stop=lambda: len(seen) == 2) is None
+    assert sides == [whole // 2, whole * 3 // 4]
+    assert pretrain(tiny_model, [], tmp_path / "out", recipe, resume=True) is not None
+    assert sides == [whole // 2, whole * 3 // 4, whole]
+
+
+def test_a_session_ends_by_itself_and_another_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["train", "--model", "tiny", "--out", str(tmp_path / "out"), "--steps", "3", "--episodes", "1", "--workers", "0"]
+    assert main([*flags, "--stop-after", "0.001"]) == 3
+    assert "--resume" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([*flags, "--resume"]) == 0
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["resumed"]
+
+
+def test_the_parts_of_a_step_are_alike(tiny_model: str, coco_folder: Path) -> None:
+    recipe = Recipe(**{**vars(QUICK), "episodes": 8, "wide": 0.5, "scenes": 0.5})
+    batches = stream([(Labelled(load_coco(coco_folder).samples, STILL, 6), 1.0)], load_checkpoint(tiny_model).tokenizer, recipe, 64, 0, 2)
+    seen = [[(b["images"].shape[0], b["shots"].shape[1], len(b["scenes"])) for b in (next(batches), next(batches))] for _ in range(6)]
+    assert all(one == other and one[0] == 12 for one, other in seen)
+    assert {shots for pair in seen for _, shots, _ in pair} == {2, 5} and {scenes for pair in seen for *_, scenes in pair} == {1, 2}
+
+
+def test_scenes_show_other_kinds_and_places_without_an_object(coco_folder: Path) -> None:
+    samples = load_coco(coco_folder).samples
+    others = [replace(s, schema=replace(s.schema, category="other")) for s in samples[8:]]
+    rng = np.random.default_rng(0)
+
+    def empty(source: Labelled) -> int:
+        return sum(not len(source.episode(rng, 2, 64).scene.boxes) for _ in range(60))  # type: ignore[union-attr]
+
+    assert empty(Labelled(samples[:8], Augmentation(), 6)) == 0  # one kind, which fills its images
+    assert 0 < empty(Labelled([*samples[:8], *others], Augmentation(), 6)) < 20
+    boxes = [np.array([10.0, 10.0, 40.0, 30.0])]
+    drawn = [make_scene(rng, np.zeros((400, 400, 3), np.uint8), boxes, 64, Augmentation()) for _ in range(60)]
+    assert 5 < sum(not len(scene.boxes) for scene in drawn) < 25
+    assert boxes[0].tolist() == [10, 10, 40, 30]
 
 
 def test_an_adapter_can_start_from_another(tmp_path: Path, coco_folder: Path, tiny_model: str) -> None:

@@ -1,0 +1,67 @@
+"""A support set as the predictor keeps it: labelled examples, how they are cropped, and what their boxes say of new ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kptllm_core.decoder import Support
+from kptllm_core.geometry import box_of_points
+from kptllm_core.keypoints import KeypointSchema, KeypointSet
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One support example. image: (H, W, 3) uint8; keypoints in its pixels."""
+
+    image: np.ndarray
+    keypoints: KeypointSet
+    key: str | None = None
+    """The hash of the image where the caller knows it; saves hashing the pixels to find the example again."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A support set, encoded twice: cropped to its objects, and as whole images (to find the object with)."""
+
+    tight: Support
+    whole: Support
+    margin: np.ndarray
+    """(4,) how far the objects' boxes reach beyond their points on the left, top, right, bottom; shares of the points' extent."""
+    share: float
+    """Median of box side over image side."""
+
+
+def support_key(weights: str, schema: KeypointSchema, support: Sequence[Example]) -> str:
+    digest = hashlib.sha256(repr((weights, schema.names)).encode())
+    for example in support:
+        image = example.key or hashlib.sha256(np.ascontiguousarray(example.image).data).hexdigest()
+        digest.update(repr((image, example.image.shape, example.keypoints.to_json())).encode())
+    return digest.hexdigest()
+
+
+def usable_box(points: KeypointSet, image: np.ndarray) -> np.ndarray:
+    """The example's box; where it has none or one without area, the padded hull of its points (or the image)."""
+    if points.box is not None and min(points.box[2], points.box[3]) > 0:
+        return points.box
+    if not points.placed.any():
+        return np.array([0, 0, image.shape[1], image.shape[0]], np.float32)
+    box = box_of_points(points.xy[points.placed], 0.1)
+    return box if max(box[2], box[3]) > 2 else box_of_points(points.xy[points.placed], 0.05 * max(image.shape[:2]))
+
+
+def margin_of(points: KeypointSet, box: np.ndarray) -> np.ndarray:
+    hull = box_of_points(points.xy[points.placed])
+    side = max(hull[2], hull[3], 1.0)
+    reach = np.array([hull[0] - box[0], hull[1] - box[1], box[0] + box[2] - hull[0] - hull[2], box[1] + box[3] - hull[1] - hull[3]])
+    return np.clip(reach / side, -0.2, 2.0)
+
+
+def with_margin(xy: np.ndarray, margin: np.ndarray, least: float) -> np.ndarray:
+    hull = box_of_points(xy)
+    side = max(hull[2], hull[3], least)
+    left, top, right, bottom = margin * side
+    return np.array([hull[0] - left, hull[1] - top, hull[2] + left + right, hull[3] + top + bottom])

@@ -1,0 +1,88 @@
+"""How sure a found box is: the fit, what need not be looked for, and the command that writes it into a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kptllm_core.__main__ import main
+from kptllm_core.calibrate import FEW, scenes
+from kptllm_core.checkpoint import load_checkpoint
+from kptllm_core.config import PRESETS, ModelConfig
+from kptllm_core.sureness import KINDS, NEARLY, fit, least_seen, search_kind, sureness, trust
+
+
+def some_boxes(weights: list[float], count: int = 6000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    seen, trusted = rng.uniform(0.05, 0.9, count), rng.uniform(0.1, 0.9, count)
+    return seen, trusted, rng.random(count) < [sureness(s, t, weights) for s, t in zip(seen, trusted, strict=True)]
+
+
+def test_the_fit_finds_the_chances_that_made_the_data() -> None:
+    true = [4.0, 1.5, 3.0]
+    assert fit(*some_boxes(true)) == pytest.approx(true, rel=0.15)
+
+
+def test_a_witness_that_speaks_against_itself_is_not_heard() -> None:
+    constant, head, points = fit(*some_boxes([0.5, -2.0, 2.0]))
+    assert head == 0.0 and points == pytest.approx(2.0, rel=0.25) and np.isfinite(constant)
+
+
+def test_few_and_perfectly_parted_boxes_give_finite_weights() -> None:
+    weights = fit(np.array([0.1, 0.9]), np.array([0.1, 0.9]), np.array([False, True]))
+    assert np.isfinite(weights).all() and max(map(abs, weights)) < 50
+
+
+def test_nothing_that_was_found_is_certain() -> None:
+    assert sureness(1.0, 1.0, [50.0, 1.0, 1.0]) == NEARLY
+    assert sureness(0.0, 0.0, [4.0, 1.0, 1.0]) > 0
+
+
+def test_fainter_boxes_than_these_cannot_become_sure_enough() -> None:
+    weights = [3.0, 2.0, 4.0]
+    edge = least_seen(0.3, weights)
+    assert sureness(edge, 1.0, weights) == pytest.approx(0.3) and 0 < edge < 1
+    assert least_seen(0.0, weights) == 0.0 and least_seen(0.3, [3.0, 0.0, 4.0]) == 0.0 and least_seen(0.9, [-50.0, 1.0, 1.0]) == 1.0
+
+
+def test_the_kind_of_search_follows_from_the_examples() -> None:
+    assert [search_kind(share) for share in (None, 0.05, 0.9)] == ["names", "windows", "whole"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scenes_are_drawn_as_they_are_searched(kind: str) -> None:
+    found = list(scenes(kind, 2, 3))
+    assert len(found) == 3 and len({len(support) for _, support, _, _ in found}) == 1
+    shares = [max(e.keypoints.box[2:]) / 384 for _, support, _, _ in found for e in support]
+    assert bool(shares) == (kind != "names")
+    if kind == "whole":
+        assert all(len(truth) == 1 for *_, truth in found)
+    if kind == "names":
+        assert all(len(truth) <= FEW for *_, truth in found)
+
+
+def test_the_command_writes_the_weights_and_changes_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(PRESETS / "nano", tmp_path / "nano")
+    before = load_checkpoint(tmp_path / "nano")
+    assert main(["calibrate", "--model", str(tmp_path / "nano"), "--categories", "2", "--images", "1"]) == 0
+    assert "whole:" in "".join(capsys.readouterr())
+    after = load_checkpoint(tmp_path / "nano")
+    assert after.base == before.base and set(ModelConfig.load(tmp_path / "nano").sureness) == set(KINDS)
+    assert (tmp_path / "nano" / "README.md").is_file()
+    assert all(np.isfinite(w).all() and len(w) == 3 for w in json.loads((tmp_path / "nano" / "config.json").read_text())["sureness"].values())
+
+
+def test_too_few_kinds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calibrate", "--model", "tiny", "--categories", "1"]) == 2
+    assert "--categories 1 is too small" in capsys.readouterr().err
+
+
+def test_trust_counts_absent_points_as_nothing() -> None:
+    from kptllm_core.keypoints import KeypointSet
+
+    points = KeypointSet(("a", "b"), np.zeros((2, 2)), np.array([2, 3]), np.array([0.8, 0.9]))
+    assert trust(points) == pytest.approx(0.4)
