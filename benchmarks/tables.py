@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kptllm_core.metrics import EASY_COPY
+from kptllm_core.report import INSTANCES
 
 Report = dict[str, Any]
 Cells = Sequence[str]
@@ -124,7 +125,8 @@ def card(found: Findings) -> list[str]:
          "by the border of a photograph. *Unseen groups*: of a training set whose people marked what is occluded."),
         ("All objects of whole images", objects_table(found), "`evaluate --task instances --shots 5 --episodes 6`, no box is given. Box AP50, "
          "box AP (0.5 to 0.95), recall at an overlap of 0.5 by the boxes that a person is shown (score of 0.3), the wrong ones among these for each "
-         "image (*extra*), and OKS-AP of the points that come with the boxes (σ 0.05), for each prompt. "
+         "image (*extra*), OKS-AP of the points that come with the boxes (σ 0.05), and the calibration error of the boxes' scores (*calib.*), "
+         "for each prompt. "
          "*rendered_scenes*: 0 to 12 objects of kinds that were never seen."),
         ("Naming", naming_table(found), "Groups of the training sets that `held_out` names (the recipe above says which runs left them "
          "out). Open set: any name may be written; names "
@@ -220,9 +222,9 @@ def objects_table(found: Findings) -> list[str]:
             told = [reports.get(f"objects {p}") for p in PROMPTED]
             first = next(r for r in told if r)
             seen = [sum(c[key] for c in first["per_category"].values()) for key in ("images", "objects")]
-            figures = (" / ".join(_number(r.get(key) if r else None) for key in ("box_ap50", "box_ap", "recall50", "extra", "oks_ap")) for r in told)
+            figures = (" / ".join(_number(r.get(key) if r else None) for key in INSTANCES) for r in told)
             rows.append((name, f"{seen[1]} on {seen[0]}", *figures))
-    return markdown(("category", "objects on images", *(f"{p}: AP50 / AP / recall / extra / OKS-AP" for p in PROMPTED)), rows)
+    return markdown(("category", "objects on images", *(f"{p}: AP50 / AP / recall / extra / OKS-AP / calib." for p in PROMPTED)), rows)
 
 
 def naming_table(found: Findings) -> list[str]:
@@ -248,7 +250,7 @@ def rounds_table(found: Findings) -> list[str]:
             apart = "" if r["groups_apart"] else " (of the same group)"
             rows.append((name, str(labels), f"{r['objects']}{apart}", *(_gain(r, at) for at in ("0.02", "0.05", "0.1")), _recalled(r),
                          f"{r['steps']} / {r['seconds']:.0f} s / {r['threads']}"))  # fmt: skip
-    return markdown(("category", "labels", "scored objects", "@.02", "@.05", "@.1 (95 % after)", "objects found: recall at .5",
+    return markdown(("category", "labels", "scored objects", "@.02", "@.05", "@.1 (95 % after)", "objects found: recall at .5; extra boxes an image",
                      "steps / time / threads"), rows)  # fmt: skip
 
 
@@ -307,7 +309,9 @@ def _gain(result: Report, at: str) -> str:
 
 def _recalled(result: Report) -> str:
     before, after = (result[when].get("objects") for when in ("before", "after"))
-    return f"{_number(before['recall50'])} → **{_number(after['recall50'])}**" if before and after else NONE
+    if not before or not after:
+        return NONE
+    return f"{_number(before['recall50'])} → **{_number(after['recall50'])}**; {before['extra']:.1f} → {after['extra']:.1f}"
 
 
 def _whole_mean(values: Mapping[str, float | None]) -> float | None:

@@ -102,8 +102,8 @@ def _error(rows: np.ndarray, weights: Weights) -> float | None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder, or preset, whose config.json is written")
-    parser.add_argument("--categories", type=int, default=24, metavar="N", help="rendered kinds for each kind of search (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="of each of them (default: %(default)s)")
+    parser.add_argument("--categories", type=int, default=16, metavar="N", help="rendered kinds for each kind of search (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=3, metavar="N", help="of each of them (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be written")
 
 

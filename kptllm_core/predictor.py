@@ -47,6 +47,7 @@ BATCH = 8  # crops in one pass
 TELLING = 4  # points of an object from which on the others tell of one where it must be
 SAME_AS_GIVEN = 0.5  # overlap (IoU) with a drawn box from which on a found one is the same object
 GONE = 20.0  # logits below a heatmap's least: nothing pulls a point there
+SPARE = 3  # times as many boxes as objects are asked for get their points: some turn out to be the same object
 SAME_SETTLED = 0.5  # the same, of boxes that lie where their points are
 SAME_LARGE = 0.3  # the same, of a rough box and the one found by an object's points in the whole image
 MAX_WINDOWS = 25  # in which one object alone is looked for
@@ -159,6 +160,7 @@ class Predictor:
             found = Found(np.zeros((0, 4)), np.zeros(0))
             if find:
                 found = self._search(image, schema, prepared, named, faint)
+                found = Found(*(part[: SPARE * most] for part in found))
                 found = self._settled(image, schema, prepared, named, found)
             new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)[:most]
             every = np.concatenate([own, found.boxes[new]])
