@@ -30,6 +30,7 @@ from kptllm_core.episodes import Source
 from kptllm_core.errors import InvalidInput, KptError
 from kptllm_core.model import KptLLM
 from kptllm_core.objective import Batch, collate, loss_of
+from kptllm_core.vision import COARSE_STRIDE
 
 SAVE_EVERY = 60.0  # seconds
 PUBLISH_EVERY = 600.0  # seconds between the checkpoints that a long pretraining leaves on its way
@@ -74,8 +75,8 @@ class Recipe:
     """Of a round: share of episodes that show an image and its own warps, with points that nobody labelled."""
     renaming: float = 0.0
     """Share of episodes whose names are written in another style of the lexicon."""
-    growth: tuple[tuple[float, float], ...] = ()
-    """(share of the crop's side, until which share of the budget), in turn; then whole crops. Small ones teach the same for less."""
+    sides: tuple[float, ...] = (1.0,)
+    """Sides of the crops, in shares of the model's own; one is drawn for each step. Small ones cost less, and teach that size is chance."""
 
 
 class Batches(IterableDataset):
@@ -91,13 +92,19 @@ class Batches(IterableDataset):
         rng = np.random.default_rng([self.recipe.seed, self.start, 0 if info is None else info.id])
         shares = np.array([s for _, s in self.sources])
         while True:
+            size = whole_cells(float(rng.choice(self.recipe.sides)) * self.size)
             more = 2 if self.episodes > 1 and rng.random() < self.recipe.wide else 1
             for _ in range(self.parts):
                 picked = rng.choice(len(self.sources), self.episodes // more, p=shares / shares.sum())
-                episodes = [self.sources[i][0].episode(rng, self.recipe.views * more, self.size) for i in picked]
+                episodes = [self.sources[i][0].episode(rng, self.recipe.views * more, size) for i in picked]
                 scenes = int(self.recipe.scenes * len(episodes) + rng.random())
                 episodes = [e if i < scenes else replace(e, scene=None) for i, e in enumerate(episodes)]
                 yield collate(episodes, self.tokenizer, rng, renaming=self.recipe.renaming)
+
+
+def whole_cells(side: float) -> int:
+    """The nearest side of a crop, pixels, of which the encoder makes whole cells; at least two of them."""
+    return max(round(side / COARSE_STRIDE), 2) * COARSE_STRIDE
 
 
 class Loop:
@@ -125,24 +132,23 @@ class Loop:
         return min(max(by_steps, by_time), 1.0)
 
     def run(self, batches: Iterator[Batch], progress: Progress | None, should_stop: Callable[[], bool] | None,
-            publish: Callable[[], Any] | None = None, until: float = 1.0) -> bool:  # fmt: skip
-        """Trains until the budget, or a share of it, is used up (True) or somebody stops it (False). Raises KptError on a loss that is
-        not finite."""
+            publish: Callable[[], Any] | None = None) -> bool:  # fmt: skip
+        """Trains until the budget is used up (True) or somebody stops it (False). Raises KptError on a loss that is not finite."""
         threads = torch.get_num_threads()
         if self.parts > 1:
             torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(self.parts) as pool, sdpa_kernel(_attention(self.device)):
-                return self._run(pool, batches, progress, should_stop, publish, until)
+                return self._run(pool, batches, progress, should_stop, publish)
         finally:
             torch.set_num_threads(threads)
 
     def _run(self, pool: ThreadPoolExecutor, batches: Iterator[Batch], progress: Progress | None, should_stop: Callable[[], bool] | None,
-             publish: Callable[[], Any] | None, until: float) -> bool:  # fmt: skip
+             publish: Callable[[], Any] | None) -> bool:  # fmt: skip
         saved = published = time.monotonic()
         recent: dict[str, float] = {}
         self.model.train()
-        while self.used < until:
+        while self.used < 1:
             started = time.monotonic()
             scores = self._step(pool, [next(batches) for _ in range(self.parts)])
             self.spent += time.monotonic() - started

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,18 @@ from kptllm_core.lexicon import lexicon
 from kptllm_core.loop import Loop, Progress, Recipe, best_device, stream
 from kptllm_core.model import KptLLM
 from kptllm_core.report import check_writable
-from kptllm_core.vision import COARSE_STRIDE
 
 MIN_LABELLED = 2
 GATE = 2.0  # a gate at zero spares a pretrained model the noise of a new LLM path; from scratch it only starves that path of gradient
 NOISE = 0.02  # by which a watched PCK may fall without meaning anything
 
 
-PRETRAIN = Recipe(wide=0.25, naming=12, renaming=0.4, scenes=0.5, growth=((0.6, 0.35), (0.8, 0.65)))
+PRETRAIN = Recipe(wide=0.25, naming=12, renaming=0.4, scenes=0.5, sides=(0.6, 0.8, 1.0, 1.2))
 ADAPT = Recipe(seconds=150, episodes=2, max_points=24, rate=3e-3, full_rate=0.3, decay=0.01, warmup=20, average=0.98, naming=0, scenes=0.5)
 
 
 def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe, resume: bool = False,
-             rendered: float = 0.4, self_pairs: float = 0.2, progress: Progress | None = None,
+             rendered: float = 0.5, self_pairs: float = 0.2, progress: Progress | None = None,
              should_stop: Callable[[], bool] | None = None, start: Path | None = None,
              watch: Sequence[Path] = ()) -> dict[str, Any] | None:  # fmt: skip
     """Trains a preset on labelled folders and rendered categories, from nothing or from the weights of `start` (a checkpoint
@@ -96,19 +95,8 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
         draw_curve(loop.curve, out / "curve.png")
         return metrics
 
-    for size, until in _stages(recipe, config.image_size):
-        if loop.used >= until:
-            continue
-        batches = stream(sources, tokenizer, recipe, size, loop.step, loop.parts)
-        if not loop.run(batches, progress, should_stop, publish, until):
-            return None
-    return publish()
-
-
-def _stages(recipe: Recipe, size: int) -> Iterator[tuple[int, float]]:
-    """(side of the crops, until which share of the budget)."""
-    for share, until in (*recipe.growth, (1.0, 1.0)):
-        yield max(round(share * size / COARSE_STRIDE), 2) * COARSE_STRIDE, until
+    batches = stream(sources, tokenizer, recipe, config.image_size, loop.step, loop.parts)
+    return publish() if loop.run(batches, progress, should_stop, publish) else None
 
 
 def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: Path | None = None,

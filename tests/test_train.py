@@ -6,13 +6,11 @@ import json
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from kptllm_core import train
 from kptllm_core.__main__ import main
 from kptllm_core.checkpoint import load_checkpoint
 from kptllm_core.dataset import held_out, load_coco
@@ -28,7 +26,7 @@ from kptllm_core.episodes import (
 from kptllm_core.errors import ArtifactError, DataError, InvalidInput, KptError
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import train_tokenizer
-from kptllm_core.loop import Loop, Recipe, stream
+from kptllm_core.loop import Loop, Recipe, stream, whole_cells
 from kptllm_core.model import KptLLM
 from kptllm_core.objective import collate, heat_target, loss_of, words_loss
 from kptllm_core.train import ADAPT, PRETRAIN, pretrain, take_over, train_adapter
@@ -142,24 +140,14 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path: Path, tiny_model:
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 6
 
 
-def test_crops_grow_as_the_budget_is_used_up(tmp_path: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small crops first; a run that goes on in the middle does not begin with small ones again."""
-    sides: list[int] = []
-    real = train.stream
-
-    def noted(sources: Any, tokenizer: Any, recipe: Recipe, size: int, *rest: Any) -> Any:
-        sides.append(size)
-        return real(sources, tokenizer, recipe, size, *rest)
-
-    monkeypatch.setattr(train, "stream", noted)
-    whole = load_checkpoint(tiny_model).model.config.image_size
-    recipe = Recipe(**{**vars(QUICK), "steps": 4, "growth": ((0.5, 0.25), (0.75, 0.5))})
-    seen: list[int] = []
-    note = lambda now: seen.append(now["step"])  # noqa: E731
-    assert pretrain(tiny_model, [], tmp_path / "out", recipe, progress=note, should_stop=lambda: len(seen) == 2) is None
-    assert sides == [whole // 2, whole * 3 // 4]
-    assert pretrain(tiny_model, [], tmp_path / "out", recipe, resume=True) is not None
-    assert sides == [whole // 2, whole * 3 // 4, whole]
+def test_crops_differ_in_size_from_step_to_step(tiny_model: str, coco_folder: Path) -> None:
+    """All parts of a step have the same; every side is one of which the encoder makes whole cells."""
+    recipe = Recipe(**{**vars(QUICK), "episodes": 2, "scenes": 1.0, "sides": (0.5, 1.0, 1.2)})
+    batches = stream([(Labelled(load_coco(coco_folder).samples, STILL, 6), 1.0)], load_checkpoint(tiny_model).tokenizer, recipe, 64, 0, 2)
+    steps = [(next(batches), next(batches)) for _ in range(12)]
+    assert all(one["images"].shape[-1] == other["images"].shape[-1] == other["scenes"].shape[-1] for one, other in steps)
+    assert {one["images"].shape[-1] for one, _ in steps} == {32, 64, 80}
+    assert [whole_cells(side) for side in (3.0, 96.0, 110.0)] == [32, 96, 112]
 
 
 def test_a_session_ends_by_itself_and_another_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
