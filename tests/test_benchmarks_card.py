@@ -78,12 +78,13 @@ def test_naming_is_the_mean_of_its_categories() -> None:
 
 def test_objects_of_whole_images_have_a_table_and_a_target() -> None:
     kind = {"images": 6, "objects": 9}
-    asked = {"box_ap50": 0.5, "box_ap": 0.25, "recall50": 0.75, "extra": 2.0, "oks_ap": None, "per_category": {"tube": kind, "fish": kind}}
-    after = {"before": {"objects": {"recall50": 0.4}}, "after": {"objects": {"recall50": 0.9}}}
+    asked = {"box_ap50": 0.5, "box_ap": 0.25, "recall50": 0.75, "extra": 2.0, "oks_ap": None, "calibration": 0.1,
+             "per_category": {"tube": kind, "fish": kind}}
+    after = {"before": {"objects": {"recall50": 0.4, "extra": 1.0}}, "after": {"objects": {"recall50": 0.9, "extra": 0.5}}}
     points = {"given": {"pck": dict.fromkeys(("0.02", "0.05", "0.1"), 0.5), "pck_ci": dict.fromkeys(("0.02", "0.05", "0.1"), (0.4, 0.6))}}
     done = {"groups_apart": True, "objects": 9, "steps": 1, "seconds": 1.0, "threads": 2, **{k: {**v, **points} for k, v in after.items()}}
     found = Findings("tiny-0", 0, evaluations={"glue_tubes": {"objects both": asked}}, rounds={"glue_tubes": {20: done}})
-    assert "| glue_tubes | 18 on 12 | – / – / – / – / – | – / – / – / – / – | 0.50 / 0.25 / 0.75 / 2.00 / – |" in tables.objects_table(found)
+    assert "| glue_tubes | 18 on 12 | – / – / – / – / – / – | – / – / – / – / – / – | 0.50 / 0.25 / 0.75 / 2.00 / – / 0.10 |" in tables.objects_table(found)
     assert any("0.40 → **0.90**" in line for line in tables.rounds_table(found))
     assert value(found, "objects found").value == 0.9
 
