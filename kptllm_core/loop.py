@@ -87,7 +87,8 @@ class Batches(IterableDataset):
         self.parts, self.episodes = parts, max(recipe.episodes // parts, 1)
 
     def __iter__(self) -> Iterator[Batch]:
-        """All parts of a step are alike in size, since none of its threads goes on before the slowest has ended."""
+        """All parts of a step are alike in size, since none of its threads goes on before the slowest has ended. (One worker makes them;
+        several take turns, and a step on a CPU then mixes theirs.)"""
         info = torch.utils.data.get_worker_info()
         rng = np.random.default_rng([self.recipe.seed, self.start, 0 if info is None else info.id])
         shares = np.array([s for _, s in self.sources])

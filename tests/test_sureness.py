@@ -13,6 +13,7 @@ from kptllm_core.__main__ import main
 from kptllm_core.calibrate import FEW, scenes
 from kptllm_core.checkpoint import load_checkpoint
 from kptllm_core.config import PRESETS, ModelConfig
+from kptllm_core.keypoints import KeypointSet
 from kptllm_core.sureness import KINDS, NEARLY, fit, least_seen, search_kind, sureness, trust
 
 
@@ -82,7 +83,5 @@ def test_too_few_kinds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_trust_counts_absent_points_as_nothing() -> None:
-    from kptllm_core.keypoints import KeypointSet
-
     points = KeypointSet(("a", "b"), np.zeros((2, 2)), np.array([2, 3]), np.array([0.8, 0.9]))
     assert trust(points) == pytest.approx(0.4)
