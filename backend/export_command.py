@@ -11,15 +11,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from backend.formats.coco import coco_of
 from backend.formats.labels import LabelledImage, LabelledPoint, LabelledThing
 from backend.intake import annotation_row
-from backend.label_studio import LabelStudio
 from backend.services import Services
 from backend.settings import Settings
-from kptllm_core.errors import InvalidInput
+from kptllm_core.errors import InvalidInput, KptError
+from kptllm_core.imaging import image_size
 from label_config.annotations import ReadResult, read_result
 from label_config.schema import KeypointControl, LabelConfig, parse
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             raise InvalidInput("Label Studio wants a token: set LABEL_STUDIO_API_KEY (a personal access token) as for the backend.")
         config = parse(str(services.label_studio.project(args.project).get("label_config") or ""))
         problems: list[str] = []
-        images = list(labelled_images(services.label_studio, args.project, config, problems))
+        images = list(labelled_images(services, args.project, config, problems))
     finally:
         services.journal.close()
     categories = {kind: (list(c.labels), list(c.schema.skeleton)) for kind, c in _kinds(config).items()}
@@ -55,21 +55,42 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def labelled_images(label_studio: LabelStudio, project: int, config: LabelConfig, problems: list[str]) -> Iterator[LabelledImage]:
-    """Every labelled task's image with its objects, also those with a box alone. `problems` gets what is not clear, in words."""
-    for task in label_studio.tasks(project, annotated=True):
-        rows = [annotation_row(str(project), a, int(task["id"]), config) for a in task.get("annotations") or []]
+def labelled_images(services: Services, project: int, config: LabelConfig, problems: list[str]) -> Iterator[LabelledImage]:
+    """Every labelled task's image with its objects, also those with a box alone and images without any. `problems` gets what is not clear,
+    in words."""
+    taken: dict[str, str] = {}  # name → address
+    for task in services.label_studio.tasks(project, annotated=True):
+        number = int(task["id"])
+        rows = [annotation_row(str(project), a, number, config) for a in task.get("annotations") or []]
         counted = sorted((r for r in rows if r.counts), key=lambda r: (r.ground_truth, r.updated_us, r.annotation))
-        result = counted[-1].result if counted else []
-        pictures: dict[str, tuple[list[LabelledThing], tuple[int, int]]] = {}
+        if not counted:
+            continue
+        result = counted[-1].result
+        read: dict[str, dict[str, ReadResult]] = {}  # address → kind → what it has of that kind
+        sizes: dict[str, tuple[int, int]] = {}
         for kind, control in _kinds(config).items():
-            url, size = control.image_of(task["data"]), _size(result, control)
-            if url and size:
-                read = read_result(control, result, *size)
-                problems += [f"task {task['id']}: {problem}" for problem in read.problems]
-                pictures.setdefault(PurePosixPath(unquote(urlsplit(url).path)).name, ([], size))[0].extend(_things(control, kind, read))
-        for name, (things, size) in pictures.items():
-            yield LabelledImage(name, tuple(things), size=size)
+            url = control.image_of(task["data"])
+            if not url:
+                continue
+            try:
+                size = sizes.setdefault(url, _size(result, control) or image_size(services.images.fetch(url, number)))
+            except KptError as error:
+                problems.append(f"task {number}: the size of its image is not to be had, so it is left out: {error.message}")
+                continue
+            read.setdefault(url, {})[kind] = read_result(control, result, *size)
+            problems += [f"task {number}: {problem}" for problem in read[url][kind].problems]
+        for url, kinds in read.items():
+            name = _name(url)
+            if taken.setdefault(name, url) != url:  # another image of that name: its whole address tells them apart
+                name = unquote(urlsplit(url).path).strip("/")
+            yield LabelledImage(name, tuple(_things(kinds, _kinds(config))), size=sizes[url])
+
+
+def _name(url: str) -> str:
+    """The file's name in an address, as Label Studio's own exports have it; local files tell theirs in the query."""
+    parts = urlsplit(url)
+    local = dict(parse_qsl(parts.query)).get("d") if parts.path.endswith("/data/local-files/") else None
+    return PurePosixPath(local or unquote(parts.path)).name
 
 
 def _kinds(config: LabelConfig) -> dict[str, KeypointControl]:
@@ -88,13 +109,16 @@ def _size(result: list[Any], control: KeypointControl) -> tuple[int, int] | None
     return None
 
 
-def _things(control: KeypointControl, kind: str, read: ReadResult) -> Iterator[LabelledThing]:
-    for found in read.objects:
-        rows = zip(control.labels, found.keypoints.xy.astype(float), found.keypoints.visibility, found.keypoints.placed, strict=True)
-        points = {label: LabelledPoint(float(xy[0]), float(xy[1]), int(v)) for label, xy, v, placed in rows if placed}
-        yield LabelledThing(points, _four(found.box.box) if found.box else None, kind)
-    held = {found.box.region_id for found in read.objects if found.box}
-    yield from (LabelledThing({}, _four(box.box), kind) for box in read.boxes if box.region_id not in held)
+def _things(kinds: dict[str, ReadResult], controls: dict[str, KeypointControl]) -> Iterator[LabelledThing]:
+    """The objects of one image. A box that several kinds may use is an object by itself only where none of them has points in it."""
+    held = {found.box.region_id for read in kinds.values() for found in read.objects if found.box}
+    for kind, read in kinds.items():
+        for found in read.objects:
+            rows = zip(controls[kind].labels, found.keypoints.xy.astype(float), found.keypoints.visibility, found.keypoints.placed, strict=True)
+            points = {label: LabelledPoint(float(xy[0]), float(xy[1]), int(v)) for label, xy, v, placed in rows if placed}
+            yield LabelledThing(points, _four(found.box.box) if found.box else None, kind)
+        yield from (LabelledThing({}, _four(box.box), kind) for box in read.boxes if box.region_id not in held)
+        held |= {box.region_id for box in read.boxes}
 
 
 def _four(box: Any) -> tuple[float, float, float, float]:

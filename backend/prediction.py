@@ -34,7 +34,7 @@ from label_config.schema import KeypointControl, LabelConfig
 
 log = logging.getLogger(__name__)
 CHUNK = 8  # tasks per request to the core
-FINDING = 2  # … where all objects are looked for, which takes many passes for each image
+FINDING = 2  # … where an image has many objects, which takes many passes
 FETCHERS = 4  # images fetched at a time
 Json = dict[str, Any]
 Fetched = tuple[bytes, str | None]  # an image, and what it looks like
@@ -69,8 +69,9 @@ class _Item:
         if self.drawing:
             return list(self.drawing.queries(self.sha))
         boxes = [[float(v) for v in b.box] for b in self.boxes]
-        if self.control.finds_all and not drawn:
-            return [AllObjects(self.sha, boxes, least=self.control.found_threshold)]
+        find = self.control.finds_all and not drawn
+        if find or (boxes and self.control.box is not None):  # together, so that no point is used by two
+            return [AllObjects(self.sha, boxes, find, self.control.found_threshold)]
         if boxes:
             return [Query(self.sha, box) for box in boxes]
         return [Query(self.sha)] if self.control.box is None or self.control.find_objects else []
@@ -107,7 +108,7 @@ class Prediction:
         self.services, self.project, self.config, self.version = services, project, config, version
         self.tasks, self.deadline, self.given = tasks, deadline, boxes
         self.drawn = drawn_in(context)
-        self.chunk = FINDING if any(c.finds_all for c in config.controls) else CHUNK
+        self.chunk = FINDING if any(c.box is not None for c in config.controls) else CHUNK
         self.bytes: dict[str, bytes] = {}  # of the present chunk, by hash
         self.support_places: dict[str, tuple[Task, str]] = {}  # hash → where to fetch it again
         self.lost: set[str] = set()  # support images that are not to be had now
@@ -219,11 +220,14 @@ class Prediction:
             for p in _list(task.get("predictions"))
             if not split.MADE_HERE.fullmatch(str(p.get("model_version") or ""))
         ]
-        sources = [a.get("result") for a in (*annotations, *_list(task.get("drafts")), *others)]
-        for result in sources:
-            boxes = list(read_result(control, result, *size).boxes) if isinstance(result, list) else []
-            if boxes:
-                return boxes
+        drafts = sorted(_list(task.get("drafts")), key=lambda d: str(d.get("updated_at") or ""), reverse=True)
+        for source in (*annotations, *drafts, *others):
+            result = source.get("result")
+            read = read_result(control, result, *size) if isinstance(result, list) else None
+            for problem in read.problems if read else ():
+                log.warning("project %s, task %s: %s", self.project, task.get("id"), problem)
+            if read and read.boxes:
+                return list(read.boxes)
         return []
 
     def _ask(

@@ -1,12 +1,16 @@
 """What do many objects cost, and large images? All objects at once against the single-object predictor once per object.
 
-    python benchmarks/instances.py [--model nano] [--objects 1,4,16,64] [--sides 384,768,1536,3072]
+    python benchmarks/instances.py [--model nano] [--objects 1,4,16,64] [--sides 384,768,1536,3072] [--repeats 3]
 
-*Search*: one look for all objects of the image, in windows; the encoding of a window serves boxes and heatmaps alike. *Points*: all objects,
-whose boxes are known, together. *Once each, boxes known*: the same objects one call after the other. *Once each*: a call without a
-box for each object, which encodes and searches the whole image every time; that is what there was without a search for all. Support is
-cached. Then the search alone on growing images whose objects stay as large in pixels, with the windows that it looked at and the memory
-that the process needed at most. Each time is the fastest of interleaved rounds. The last line is JSON: `ratio_N` is once each over all at once.
+The image really holds so many objects of one kind. *Search*: one look for all of them, in windows; the encoding of a window serves boxes and
+heatmaps alike. *All at once*: what serving does, that is the search, the points of what was found, twice (boxes move to where their points
+are), and points that two objects claim; *found* are those that it would show. *Boxes known*: the true boxes together, without a search.
+*Once each*: a call of the single-object predictor without a box for each object, which encodes and searches the whole image every time; that
+is what there was without a search for all; *once each, boxes known*: the same with the true boxes. Support is cached.
+
+Then the search alone on growing images whose objects stay as large in pixels, smallest first, with the windows that it looked at and the memory
+that the process has needed so far. Each time is the fastest of interleaved rounds. The last line is JSON: `ratio_N` is once each over
+all at once, `known_N` the same with known boxes.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kptllm_core import finder
 from kptllm_core.errors import KptError
-from kptllm_core.keypoints import KeypointSet
 from kptllm_core.predictor import Example, Predictor, load_predictor
 from kptllm_core.synthetic import Category
 
@@ -34,28 +38,39 @@ OBJECT = 80  # pixels of an object in growing images
 NAIVE = 4  # calls without a box that are timed; the time of all objects is theirs, extrapolated
 
 
+def crowd(category: Category, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray, Example]:
+    """An image with objects in rows, their boxes (N, 4), and a support image with one of that size."""
+    across = int(np.ceil(count**0.5))
+    side = SIDE // across
+    image = np.full((SIDE, SIDE, 3), 128, np.uint8)
+    shown, boxes = image.copy(), []
+    for number in range(count):
+        x, y = side * (number % across), side * (number // across)
+        image[y : y + side, x : x + side], points = category.render(rng, side)
+        boxes.append(np.asarray(points.object_box()) + [x, y, 0, 0])
+    shown[:side, :side], points = category.render(rng, side)
+    return image, np.array(boxes), Example(shown, points)
+
+
 def costs(predictor: Predictor, counts: list[int], repeats: int) -> dict[int, dict[str, float]]:
-    """Seconds of each way, for each number of objects; what the boxes hold does not matter for time."""
+    """Seconds of each way, for each number of objects, and how many were found."""
     category, rng = Category.sample(np.random.default_rng(7)), np.random.default_rng(8)
-    image = category.render(rng, SIDE)[0]
     found = {}
     for count in counts:
-        across = int(np.ceil(count**0.5))
-        side = SIDE / across
-        boxes = np.array([[side * (i % across), side * (i // across), side * 0.9, side * 0.9] for i in range(count)])
-        support = [Example(*_shown(category, rng, side))]
-        calls = min(count, NAIVE)
+        image, boxes, example = crowd(category, rng, count)
+        some = boxes[:NAIVE]
+        once = partial(predictor.predict, schema=category.schema, support=[example])
+        every = partial(predictor.predict_objects, [image], category.schema, [example])
         ways: dict[str, Callable[[], object]] = {
-            "search": lambda support=support: predictor.find_objects(image, category.schema, support),  # type: ignore[misc]
-            "points": lambda support=support, boxes=boxes: predictor.predict_objects(  # type: ignore[misc]
-                [image], category.schema, support, [boxes], find=False),
-            "once each, boxes known": lambda support=support, boxes=boxes: [  # type: ignore[misc]
-                predictor.predict([image], category.schema, support, [box]) for box in boxes],
-            "once each": lambda support=support, calls=calls: [  # type: ignore[misc]
-                predictor.predict([image], category.schema, support) for _ in range(calls)],
-        }  # fmt: skip
+            "search": partial(predictor.find_objects, image, category.schema, [example]),
+            "all at once": every,
+            "boxes known": partial(every, [boxes], find=False),
+            "once each": lambda: [once([image]) for _ in some],  # noqa: B023 (called in this turn)
+            "once each, boxes known": lambda: [once([image], boxes=[box]) for box in some],  # noqa: B023
+        }
         seconds = fastest(ways, repeats)
-        found[count] = {**seconds, "once each": seconds["once each"] * count / calls}
+        seconds |= {name: seconds[name] * count / len(some) for name in ("once each", "once each, boxes known")}
+        found[count] = {**seconds, "found": len(every()[0])}
     return found
 
 
@@ -88,39 +103,33 @@ def fastest(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
     return {name: min(values) for name, values in seconds.items()}
 
 
-def _shown(category: Category, rng: np.random.Generator, side: float) -> tuple[np.ndarray, KeypointSet]:
-    """A support image as large as the query, with one object of the given size."""
-    canvas, points = category.render(rng, int(side))
-    image = np.full((SIDE, SIDE, 3), 128, np.uint8)
-    image[: canvas.shape[0], : canvas.shape[1]] = canvas
-    return image, points
-
-
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano", help="preset or checkpoint folder (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--objects", default="1,4,16,64", help="numbers of objects in an image (default: %(default)s)")
     parser.add_argument("--sides", default="384,768,1536,3072", help="sides of growing images, pixels (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the fastest counts (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         predictor = load_predictor(args.model, device=args.device)
+        large = growth(predictor, sorted(int(n) for n in args.sides.split(",")), args.repeats)  # first: memory is never given back
         many = costs(predictor, [int(n) for n in args.objects.split(",")], args.repeats)
-        large = growth(predictor, [int(n) for n in args.sides.split(",")], args.repeats)
     except KptError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 2
     print(f"{predictor.base} on {predictor.device}; milliseconds")
-    print(f"{'objects':>8}{'search':>10}{'points':>10}{'all at once':>14}{'once each, boxes known':>26}{'once each':>12}")
+    columns = ("search", "all at once", "boxes known", "once each, boxes known", "once each")
+    print("".join(f"{name:>{len(name) + 3}}" for name in ("objects", "found", *columns)))
     for count, t in many.items():
-        whole = t["search"] + t["points"]
-        cells = [t["search"], t["points"], whole, t["once each, boxes known"], t["once each"]]
-        print(f"{count:>8}" + "".join(f"{v * 1000:>{w}.0f}" for v, w in zip(cells, (10, 10, 14, 26, 12), strict=True)))
+        cells = [count, t["found"], *(t[name] * 1000 for name in columns)]
+        print("".join(f"{value:>{len(name) + 3}.0f}" for name, value in zip(("objects", "found", *columns), cells, strict=True)))
     print(f"{'image':>8}{'search':>10}{'windows':>10}{'MB at most':>14}")
     for side, t in large.items():
         print(f"{side:>8}{t['search'] * 1000:>10.0f}{t['windows']:>10.0f}{t['MB']:>14.0f}")
-    print(json.dumps({f"ratio_{n}": round(t["once each"] / (t["search"] + t["points"]), 3) for n, t in many.items()}))
+    ratios = {f"ratio_{n}": t["once each"] / t["all at once"] for n, t in many.items()}
+    ratios |= {f"known_{n}": t["once each, boxes known"] / t["boxes known"] for n, t in many.items()}
+    print(json.dumps({name: round(value, 3) for name, value in ratios.items()}))
     return 0
 
 

@@ -101,7 +101,7 @@ class Plan:
     def evaluation(self, folder: Path, name: str, flags: tuple[str, ...]) -> Measurement:
         """Classical matching knows no weights: its reports serve every checkpoint whose crops are as large."""
         owner = f"classical{self.crop}" if name.endswith(("sift", "template")) else self.base
-        size = f"{self.episodes}x{self.queries}"
+        size = f"{self.episodes}x{self.queries}" + (f"-{rounds.found_by(self.model)}" if name.startswith("objects") else "")
         file = self.reports / f"{owner}-{folder.name}-{name.replace(' ', '-')}-{size}.json"
         data = [part for kind in (sorted(folder.glob("kind_*")) or [folder]) for part in ("--data", str(kind))]
         call = ("--model", self.model, *data, "--episodes", str(self.episodes), "--queries", str(self.queries),
@@ -118,6 +118,9 @@ class Plan:
             samples = load_coco(folder).samples
             unseen = held_out(s.group for s in samples)
             marked = [s for s in samples if s.group in unseen and (s.keypoints.visibility == Visibility.OCCLUDED).any()]
+            if len({s.image_path for s in samples}) < len(samples):  # several objects on an image
+                for name, flags in EVALUATIONS["objects"].items():
+                    yield "objects", name, folder, self.evaluation(folder, name, flags)
             if len(marked) >= LEAST_SCORED:
                 yield "visibility", "unseen groups", folder, self.evaluation(folder, "unseen groups", ("--part", "heldout"))
             if unseen:
@@ -193,7 +196,7 @@ def collect(plan: Plan) -> tables.Findings:
     """Everything that has been measured of these weights."""
     folder = model_folder(plan.model)
     size = sum(p.stat().st_size for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))
-    found = tables.Findings(plan.base, size)
+    found = tables.Findings(plan.base, size, trained=tuple(folder.name for folder in plan.trained))
     for table, name, data, task in plan.evaluations():
         if task.file.is_file():
             result = json.loads(task.file.read_text())

@@ -37,10 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.parallel import run_each
 from kptllm_core import adapters, crowds, metrics, report
 from kptllm_core.checkpoint import Checkpoint, load_checkpoint
+from kptllm_core.config import ModelConfig, model_folder
 from kptllm_core.dataset import Sample, load_coco
 from kptllm_core.errors import DataError, InvalidInput, KptError
 from kptllm_core.finder import COUNTED
-from kptllm_core.keypoints import KeypointSchema
+from kptllm_core.keypoints import SHOWN, KeypointSchema
 from kptllm_core.loop import Recipe
 from kptllm_core.predictor import Example, Predictor
 from kptllm_core.scoring import PointPredictor, score_predictor
@@ -82,9 +83,16 @@ class Round:
         """Where its result is kept: named by all that it depends on."""
         settings = {k: v for k, v in asdict(self.settings).items() if v != getattr(Recipe(), k)}
         rest = {k: v for k, v in json.loads(self.recipe).items() if k in (*CONFIGURED, *PARTS)}
-        digest = hashlib.sha256(json.dumps({**settings, **rest}, sort_keys=True).encode()).hexdigest()[:8]
+        known = {**settings, **rest, "found by": found_by(self.model)}
+        digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
         how = f"round{self.labels}-{self.seconds:g}s-seed{self.seed}-{digest}{'-found' if self.found else ''}"
         return reports / f"{self.base}-{self.folder.name}-{how}.json"
+
+
+def found_by(model: str) -> str:
+    """What figures of found objects depend on beside the weights: how sure a box is, and how sure it must be to be shown."""
+    told = json.dumps([ModelConfig.load(model_folder(model)).sureness, SHOWN], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:6]
 
 
 def split(samples: Sequence[Sample], labels: int, seed: int) -> tuple[list[Sample], list[Sample], bool]:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kptllm_core.finder import COUNTED
+from kptllm_core.keypoints import SHOWN
 from kptllm_core.metrics import EASY_COPY
 from kptllm_core.report import INSTANCES
 
@@ -38,6 +40,7 @@ class Findings:
     rounds: dict[str, dict[int, Report]] = field(default_factory=dict)
     recipes: dict[str, dict[str, Report]] = field(default_factory=dict)
     latency: Report | None = None
+    trained: Sequence[str] = ()  # folders that were
     curve: Sequence[Report] = ()
 
     @property
@@ -124,15 +127,14 @@ def card(found: Findings) -> list[str]:
         ("Occluded and absent points", visibility_table(found), "1-shot, boxes given. *Cut*: a third of each query's object is cut off, as "
          "by the border of a photograph. *Unseen groups*: of a training set whose people marked what is occluded."),
         ("All objects of whole images", objects_table(found), "`evaluate --task instances --shots 5 --episodes 6`, no box is given. Box AP50, "
-         "box AP (0.5 to 0.95), recall at an overlap of 0.5 by the boxes that a person is shown (score of 0.3), the wrong ones among these for each "
-         "image (*extra*), OKS-AP of the points that come with the boxes (σ 0.05), and the calibration error of the boxes' scores (*calib.*), "
-         "for each prompt. "
-         "*rendered_scenes*: 0 to 12 objects of kinds that were never seen."),
+         f"box AP (0.5 to 0.95), recall at an overlap of 0.5 by the boxes that a person is shown (score of {SHOWN:g}, at most {COUNTED}), the wrong ones "
+         "among these for each image (*extra*), OKS-AP of the points that come with the boxes (σ 0.05), and the calibration error of the boxes' "
+         "scores (*calib.*), for each prompt. rendered_scenes: 0 to 12 objects of kinds that were never seen. Sets in *italics* were trained on."),
         ("Naming", naming_table(found), "Groups of the training sets that `held_out` names (the recipe above says which runs left them "
          "out). Open set: any name may be written; names "
          "are the same by the rule of `kptllm_core.language.plain_words`."),
         ("A LoRA round", rounds_table(found), "Before → after, boxes given, up to eight of the labelled images as support, on images "
-         "of other groups. Repeat one with `python benchmarks/rounds.py --data DIR --labels N`."),
+         "of other groups; objects found as in the table above. Repeat one with `python benchmarks/rounds.py --data DIR --labels N`."),
         ("Recipes of a round", recipes_table(found), "Twenty labelled images, boxes given, after the round; `benchmarks/recipes.json`."),
         ("Time and size", latency_table(found), "Support cached, box given, fastest of some rounds (`benchmarks/one_pass.py`)."),
         ("Curve", curve_table(found), "Running means over the training's own batches; *watched*: PCK on a category that was never trained on."),
@@ -223,7 +225,7 @@ def objects_table(found: Findings) -> list[str]:
             first = next(r for r in told if r)
             seen = [sum(c[key] for c in first["per_category"].values()) for key in ("images", "objects")]
             figures = (" / ".join(_number(r.get(key) if r else None) for key in INSTANCES) for r in told)
-            rows.append((name, f"{seen[1]} on {seen[0]}", *figures))
+            rows.append((f"*{name}*" if name in found.trained else name, f"{seen[1]} on {seen[0]}", *figures))
     return markdown(("category", "objects on images", *(f"{p}: AP50 / AP / recall / extra / OKS-AP / calib." for p in PROMPTED)), rows)
 
 
@@ -250,7 +252,7 @@ def rounds_table(found: Findings) -> list[str]:
             apart = "" if r["groups_apart"] else " (of the same group)"
             rows.append((name, str(labels), f"{r['objects']}{apart}", *(_gain(r, at) for at in ("0.02", "0.05", "0.1")), _recalled(r),
                          f"{r['steps']} / {r['seconds']:.0f} s / {r['threads']}"))  # fmt: skip
-    return markdown(("category", "labels", "scored objects", "@.02", "@.05", "@.1 (95 % after)", "objects found: recall at .5; extra boxes an image",
+    return markdown(("category", "labels", "scored objects", "@.02", "@.05", "@.1 (95 % after)", "objects found: recall; extra; calib.",
                      "steps / time / threads"), rows)  # fmt: skip
 
 
@@ -311,7 +313,8 @@ def _recalled(result: Report) -> str:
     before, after = (result[when].get("objects") for when in ("before", "after"))
     if not before or not after:
         return NONE
-    return f"{_number(before['recall50'])} → **{_number(after['recall50'])}**; {before['extra']:.1f} → {after['extra']:.1f}"
+    return (f"{_number(before['recall50'])} → **{_number(after['recall50'])}**; {before['extra']:.1f} → {after['extra']:.1f}; "
+            f"{_number(before.get('calibration'))} → {_number(after.get('calibration'))}")  # fmt: skip
 
 
 def _whole_mean(values: Mapping[str, float | None]) -> float | None:

@@ -43,7 +43,7 @@ class ModelConfig:
     refine_heads: int = 4
     instance_width: int = 64
     """Channels of the head that finds objects in a whole image."""
-    sureness: dict[str, list[float]] = field(default_factory=lambda: {k: [10.2, 4.6, 4.6] for k in ("whole", "windows", "names")})
+    sureness: dict[str, list[float]] = field(default_factory=lambda: {k: [10.2, 4.6, 4.6, 0.0] for k in ("whole", "windows", "names")})
     """For each kind of search, how what is known of a found box says how likely it is right (`sureness.py`); fitted after training."""
     lora_rank: int = 16
     """Rank of an adapter's LoRA matrices."""

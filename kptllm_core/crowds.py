@@ -37,8 +37,8 @@ def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
     """{"box_ap50", "box_ap", "recall50", "oks_ap", "extra", "calibration", "images", "objects"}; None where there is no true object.
 
     Average precision reads the ranking of up to `COUNTED` boxes an image. recall50: share of the true objects that a *shown* box
-    (score of at least `SHOWN`) overlaps by half; extra: shown boxes per image that overlap none by half, or one that a surer box has.
-    calibration: expected calibration error of the scores, over the boxes that have at least `FAINT`.
+    (score of at least `SHOWN`) is right about, by `hits`; extra: shown boxes per image that are right about none. calibration: expected
+    calibration error of the scores, over the boxes that have at least `FAINT`.
     """
     boxes, points, sure, hit, total, extra = [], [], [], 0, 0, 0
     for scene in scenes:
@@ -47,10 +47,10 @@ def figures(scenes: Sequence[Scene]) -> dict[str, Any]:
         mine = np.array([i.keypoints.box for i in scene.found], np.float64).reshape(-1, 4)
         iou = box_iou(mine, true)
         boxes.append((scores, iou))
-        sure += [(score, right) for score, right in zip(scores, hits(scores, iou), strict=True) if score >= FAINT]
+        right, shown = hits(scores, iou), scores >= SHOWN
+        sure += list(zip(scores[scores >= FAINT], right[scores >= FAINT], strict=True))
         points.append((scores, _oks(scene)))
-        matched = int((iou[scores >= SHOWN].max(0, initial=0) >= 0.5).sum()) if len(mine) else 0
-        total, hit, extra = total + len(true), hit + matched, extra + int((scores >= SHOWN).sum()) - matched
+        total, hit, extra = total + len(true), hit + int(right[shown].sum()), extra + int((~right[shown]).sum())
     return {
         "box_ap50": metrics.average_precision(boxes, 0.5, COUNTED),
         "box_ap": metrics.mean_ap(boxes, COUNTED),

@@ -105,8 +105,7 @@ class Engine:
                 if not isinstance(query, Query):
                     raise query
                 image = self._pixels.get(query.image)
-                if query.objects is not None:
-                    query.objects.check_on(image.shape[1], image.shape[0])
+                query.check_on(image.shape[1], image.shape[0])
                 ready.append((at, image, query))
             except (InvalidInput, TooLarge) as error:
                 results[at] = {"error": error.to_json()}

@@ -17,7 +17,7 @@ from kptllm_core.keypoints import SHOWN
 
 WINDOW = 2.4  # side of a search window, in sides of the support's objects
 LARGE = 0.9  # side of a search window over side of the image, from which on the whole image is enough
-MAX_WINDOWS = 64
+MAX_WINDOWS = 512  # of one image: a bee of 30 pixels in 4000 × 3000 is then 15 of a crop of 160, which is about the least that is found
 FAINT = 0.05  # least score of a box whose points are looked for
 COUNTED = 20  # objects of an image in a figure, however faint: average precision reads the ranking, as COCO does of people with keypoints
 BORDER = 0.01  # of a window: a box that ends there, inside the image, is a part of an object that another window holds whole

@@ -15,7 +15,7 @@ import numpy as np
 from kptllm_core.errors import InvalidInput, SchemaError
 
 MAX_KEYPOINTS = 256
-SHOWN = 0.3  # least score of an object that was found, and that a person is shown unless somebody asked for another
+SHOWN = 0.2  # least score of an object that was found and is drawn: to delete one is a click, to add one takes a box and all its points
 _SIDES = (
     ("left", "right"), ("links", "rechts"), ("gauche", "droite"), ("gauche", "droit"), ("izquierda", "derecha"),
     ("izquierdo", "derecho"), ("l", "r"),

@@ -48,13 +48,6 @@ class Objects:
     find: bool = True
     least: float | None = None
 
-    def check_on(self, width: int, height: int) -> None:
-        """InvalidInput if a box has nothing in common with its image."""
-        for i, (x, y, w, h) in enumerate(self.boxes.tolist()):
-            if not (x < width and y < height and x + w > 0 and y + h > 0):
-                raise InvalidInput(f"objects.boxes[{i}] is {[x, y, w, h]}, which lies outside the image of {width} × {height} pixels. "
-                                   "Expected x, y, width, height in pixels of the oriented image.")  # fmt: skip
-
 
 @dataclass(frozen=True, eq=False)
 class Query:
@@ -65,6 +58,15 @@ class Query:
     box: np.ndarray | None = None
     fixed: KeypointSet | None = None
     objects: Objects | None = None
+
+    def check_on(self, width: int, height: int) -> None:
+        """InvalidInput if a box has nothing in common with its image."""
+        boxes = {} if self.box is None else {"box": self.box}
+        boxes |= {f"objects.boxes[{i}]": box for i, box in enumerate(self.objects.boxes if self.objects else ())}
+        for name, (x, y, w, h) in boxes.items():
+            if not (x < width and y < height and x + w > 0 and y + h > 0):
+                raise InvalidInput(f"{name} is {[float(v) for v in (x, y, w, h)]}, which lies outside the image of {width} × {height} pixels. "
+                                   "Expected x, y, width, height in pixels of the oriented image.")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

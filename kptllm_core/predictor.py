@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from kptllm_core.model import Asked
 from kptllm_core.naming import choose_names, write_names
 from kptllm_core.objective import RARE
 from kptllm_core.support import Example, Prepared, margin_of, support_key, usable_box, with_margin
-from kptllm_core.sureness import least_seen, search_kind, sureness, trust
+from kptllm_core.sureness import Weights, least_seen, search_kind, sureness, trust, witnesses
 from kptllm_core.vision import grid_positions
 
 __all__ = ["Example", "Instance", "Predictor", "load_predictor"]
@@ -47,6 +47,7 @@ BATCH = 8  # crops in one pass
 TELLING = 4  # points of an object from which on the others tell of one where it must be
 SAME_AS_GIVEN = 0.5  # overlap (IoU) with a drawn box from which on a found one is the same object
 GONE = 20.0  # logits below a heatmap's least: nothing pulls a point there
+DRAWN = 2  # rank of an object that a person drew: it keeps the points that others claim; found ones have 1 if they are sure enough, else 0
 SPARE = 3  # times as many boxes as objects are asked for get their points: some turn out to be the same object
 SAME_SETTLED = 0.5  # the same, of boxes that lie where their points are
 SAME_LARGE = 0.3  # the same, of a rough box and the one found by an object's points in the whole image
@@ -68,6 +69,13 @@ def load_predictor(model: str | Path, adapter: str | Path | None = None, device:
     if adapter is not None:
         predictor.use_adapter(adapter)
     return predictor
+
+
+def check_boxes(boxes: Iterable[np.ndarray]) -> None:
+    """InvalidInput for a box (x, y, w, h) without an area."""
+    for box in boxes:
+        if not (np.isfinite(box).all() and box[2] > 0 and box[3] > 0):
+            raise InvalidInput(f"The box {np.asarray(box).tolist()} has no area. Expected x, y, width, height in pixels.")
 
 
 class Predictor:
@@ -111,22 +119,13 @@ class Predictor:
         corrected each other. fixed: points that are given (a person's click) and that the others must agree with.
         Returns one KeypointSet for each image, in the schema's order (or that of `asked`), with its box.
         """
-        if prompt not in PROMPTS:
-            raise InvalidInput(f"Unknown prompt '{prompt}'. Expected one of {', '.join(PROMPTS)}.")
-        if prompt in ("visual", "both") and not support:
-            raise InvalidInput(f"A {prompt} prompt needs support examples; none were given. Label an image, or ask by text.")
-        if len(support) > MAX_SHOTS:
-            raise InvalidInput(f"{len(support)} support examples were given; at most {MAX_SHOTS} are used together.")
         boxes = [None] * len(images) if boxes is None else list(boxes)
         fixed = [None] * len(images) if fixed is None else list(fixed)
         if not len(images) == len(boxes) == len(fixed):
             raise InvalidInput(f"{len(images)} images came with {len(boxes)} boxes and {len(fixed)} sets of fixed points.")
-        for box in boxes:
-            if box is not None and not (np.isfinite(box).all() and box[2] > 0 and box[3] > 0):
-                raise InvalidInput(f"The box {np.asarray(box).tolist()} has no area. Expected x, y, width, height in pixels.")
+        check_boxes([b for b in boxes if b is not None])
+        prepared, named = self._prompted(schema, support, prompt)
         with torch.inference_mode():
-            prepared = self._prepare(schema, support) if support and prompt != "text" else None
-            named = prompt != "visual"
             order = None if asked is None else [schema.index(n) for n in asked]
             found = [b if b is not None else self._find(i, schema, prepared, named) for i, b in zip(images, boxes, strict=True)]
             return self._points(images, found, schema, prepared, named, order, fixed)
@@ -152,31 +151,55 @@ class Predictor:
         point is used by two of them.
         """
         given = [np.zeros((0, 4)) if b is None else np.asarray(b, np.float64).reshape(-1, 4) for b in boxes or [None] * len(images)]
+        for own in given:
+            check_boxes(own)
         prepared, named = self._prompted(schema, support, prompt)
-        weights = self.model.config.sureness[search_kind(prepared.share if prepared else None)]
-        faint = max(least_seen(least, weights), FAINT)
+        faint = max(least_seen(least, self._weights_of(prepared)), FAINT)
         answers: list[list[Instance]] = []
         for image, own in zip(images, given, strict=True):
             found = Found(np.zeros((0, 4)), np.zeros(0))
             if find:
                 found = self._search(image, schema, prepared, named, faint)
-                found = Found(*(part[: SPARE * most] for part in found))
+                found = Found(*(part[: SPARE * most + len(own)] for part in found))
                 found = self._settled(image, schema, prepared, named, found)
-            new = np.flatnonzero(box_iou(found.boxes, own).max(1, initial=0) < SAME_AS_GIVEN)[:most]
-            every = np.concatenate([own, found.boxes[new]])
-            sets = self.predict([image] * len(every), schema, support, list(every), prompt) if len(every) else []
-            claimed = claims(sets)
-            if again := [i for i, claim in enumerate(claimed) if claim]:
-                with torch.inference_mode():
-                    apart = self._points([image] * len(again), [every[i] for i in again], schema, prepared, named,
-                                         taken=[claimed[i] for i in again])  # fmt: skip
-                for i, points in zip(again, apart, strict=True):
-                    sets[i] = points
-                sets = yielded(sets)
-            others = [Instance(s, sureness(v, trust(s), weights), v) for s, v in zip(sets[len(own) :], found.score[new], strict=True)]
-            others.sort(key=lambda i: -i.score)
-            answers.append([Instance(s, 1.0) for s in sets[: len(own)]] + [i for i in others if i.score >= least])
+            drawn, others = self._objects(image, own, found, schema, prepared, named, least, most)
+            answers.append(drawn + sorted((i for i in others if i.score >= least), key=lambda i: -i.score))
         return answers
+
+    def _objects(self, image: np.ndarray, own: np.ndarray, found: Found, schema: KeypointSchema, prepared: Prepared | None, named: bool,
+                 least: float, most: int) -> tuple[list[Instance], list[Instance]]:  # fmt: skip
+        """Objects in boxes that a person drew, and in up to `most` others. A found box of a drawn object is that object: all that is left of
+        it is its lead over the others, so that drawing one changes no other's score."""
+        overlap = box_iou(found.boxes, own)
+        same = overlap.max(1, initial=0) >= SAME_AS_GIVEN
+        new, twice = np.flatnonzero(~same)[:most], np.flatnonzero(same)
+        seen = found.score[np.concatenate([new, twice])]
+        whose = [*range(len(own), len(own) + len(new)), *(overlap[twice].argmax(1).tolist() if len(own) else ())]
+
+        def sure(sets: Sequence[KeypointSet]) -> np.ndarray:
+            told = witnesses(seen, np.array([trust(sets[i]) for i in whose]))
+            return sureness(told, self._weights_of(prepared))[: len(new)]
+
+        boxes = np.concatenate([own, found.boxes[new]])
+        with torch.inference_mode():
+            sets = self._points([image] * len(boxes), list(boxes), schema, prepared, named)
+            sets = self._apart(image, boxes, sets, [DRAWN] * len(own) + (sure(sets) >= least).astype(int).tolist(), schema, prepared, named)
+        others = zip(sets[len(own) :], sure(sets).tolist(), found.score[new].tolist(), strict=True)
+        return [Instance(points, 1.0) for points in sets[: len(own)]], [Instance(*item) for item in others]
+
+    def _weights_of(self, prepared: Prepared | None) -> Weights:
+        return self.model.config.sureness[search_kind(prepared.share if prepared else None)]
+
+    def _apart(self, image: np.ndarray, boxes: np.ndarray, sets: list[KeypointSet], rank: Sequence[int], schema: KeypointSchema,
+               prepared: Prepared | None, named: bool) -> list[KeypointSet]:  # fmt: skip
+        """The points of objects that lie on each other, so that none is used by two: who loses a point looks for it elsewhere, once."""
+        claimed = claims(sets, rank)
+        again = [i for i, claim in enumerate(claimed) if claim]
+        if not again:
+            return sets
+        apart = self._points([image] * len(again), [boxes[i] for i in again], schema, prepared, named, taken=[claimed[i] for i in again])
+        moved = dict(zip(again, apart, strict=True))
+        return yielded([moved.get(i, points) for i, points in enumerate(sets)], rank)
 
     def _settled(self, image: np.ndarray, schema: KeypointSchema, prepared: Prepared | None, named: bool, found: Found) -> Found:
         """Boxes moved to where the points in them say that the object is, each object once. Without support nobody knows how far
@@ -186,6 +209,7 @@ class Predictor:
         """
         if not len(found.boxes) or prepared is None:
             return found
+        named = self._named_search(prepared, named)
         with torch.inference_mode():
             sets = self._points([image] * len(found.boxes), list(found.boxes), schema, prepared, named)
             boxes = np.stack([self._around(s, prepared, image, least=1.0) for s in sets])
@@ -203,12 +227,24 @@ class Predictor:
         return self._search(image, schema, *self._prompted(schema, support, prompt), least)
 
     def _prompted(self, schema: KeypointSchema, support: Sequence[Example], prompt: str) -> tuple[Prepared | None, bool]:
-        """The support set where it is looked at, and whether names are read."""
+        """The support set where it is looked at, and whether names are read. InvalidInput for a prompt that cannot be."""
+        if prompt not in PROMPTS:
+            raise InvalidInput(f"Unknown prompt '{prompt}'. Expected one of {', '.join(PROMPTS)}.")
+        if prompt in ("visual", "both") and not support:
+            raise InvalidInput(f"A {prompt} prompt needs support examples; none were given. Label an image, or ask by text.")
+        if len(support) > MAX_SHOTS:
+            raise InvalidInput(f"{len(support)} support examples were given; at most {MAX_SHOTS} are used together.")
         with torch.inference_mode():
             return self._prepare(schema, support) if support and prompt != "text" else None, prompt != "visual"
 
+    def _named_search(self, prepared: Prepared | None, named: bool) -> bool:
+        """Whether names help to find objects: where nothing is shown, and once a round has taught them. Before that, names of a kind that the
+        model never saw mislead more than they tell (docs/experiments.md)."""
+        return named and (prepared is None or self.adapter is not None)
+
     def _search(self, image: np.ndarray, schema: KeypointSchema, prepared: Prepared | None, named: bool, least: float) -> Found:
         tight, share = (prepared.tight, prepared.share) if prepared else (None, None)
+        named = self._named_search(prepared, named)
 
         def detect(crops: Sequence[Crop]) -> tuple[np.ndarray, np.ndarray]:
             boxes, scores = [], []

@@ -248,15 +248,14 @@ def _grouped(points: list[_Point], parents: dict[str, str], relations: dict[str,
             )
         else:
             outside.append(point)
-    # A point beside the image's only box is still that object's, unless the object has such a point already.
-    only = groups[boxes[0].region_id] if len(boxes) == 1 else []
-    taken = {p.name for p in only}
-    for point in outside:
-        fits = len(boxes) == 1 and point.name not in taken
-        (only if fits else groups.setdefault("", [])).append(point)
-        if boxes and not fits:
-            problems.append(f"'{point.name}' ({point.region_id}) lies in no box: it counts as an object without one; draw its box, or drag it "
-                            "onto its box in Label Studio's region list")  # fmt: skip
+    # Points beside the image's only box are still that object's, unless it has one of them already: then they are another one's, all of them.
+    names = [p.name for p in outside]
+    if len(boxes) == 1 and len({*names, *(p.name for p in groups[boxes[0].region_id])}) == len(names) + len(groups[boxes[0].region_id]):
+        groups[boxes[0].region_id] += outside
+    elif outside:
+        groups.setdefault("", []).extend(outside)
+        problems += [f"'{p.name}' ({p.region_id}) lies in no box: it counts as an object without one; draw its box, or drag it onto its box in "
+                     "Label Studio's region list" for p in outside if boxes]  # fmt: skip
     return groups
 
 

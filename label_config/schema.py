@@ -4,7 +4,7 @@
 nested Views, aliases, names in any script. Attributes of the control that mean something here (all optional):
 
     model_score_threshold   0…1: objects whose score is below it are not drawn (default 0; where all objects are looked for, those
-                            that nobody drew a box for need 0.3)
+                            that nobody drew a box for need 0.2)
     model_point_threshold   0…1: points whose score is below it are not drawn (default 0)
     model_point_size        diameter of drawn points, pixels of the image (default: 0.5 % of its width)
     model_add_bboxes        "false": the box control is read, but predictions draw no boxes (default "true"); then one object is found

@@ -18,7 +18,7 @@ import numpy as np
 from kptllm_core.engine import Engine
 from kptllm_core.errors import ArtifactError
 from kptllm_core.jobs import JobQueue
-from kptllm_core.keypoints import KeypointSchema, KeypointSet
+from kptllm_core.keypoints import SHOWN, KeypointSchema, KeypointSet
 from kptllm_core.routes import Core
 from kptllm_core.serve import serve
 from kptllm_core.store import AdapterStore, ImageStore
@@ -66,7 +66,7 @@ class TimedPredictor:
             self.inside.release()
 
     def predict_objects(self, images: list[np.ndarray], schema: KeypointSchema, boxes: list[np.ndarray], find: bool = True,
-                        least: float = 0.3, **options: Any) -> list[list[Instance]]:  # fmt: skip
+                        least: float = SHOWN, **options: Any) -> list[list[Instance]]:  # fmt: skip
         """Those with a box, then, in images brighter than DARK, two more, left and right of the middle."""
         answers = []
         for image, given in zip(images, boxes, strict=True):

@@ -145,6 +145,18 @@ def test_the_boxes_of_the_newest_annotation_are_the_objects(here: World) -> None
     only = WITH_BOX.replace('<KeyPointLabels name="kp"', '<KeyPointLabels model_find_objects="false" name="kp"')
     (prediction,) = here.predict(here.task(1, annotations=[old, new, skipped]), config=only)
     assert [r["score"] for r in boxes_of(prediction)] == [1.0, 1.0]
+    assert calls[-1]["find"] is False and len(calls[-1]["boxes"]) == 2  # asked together: no point is used by two
+
+
+def test_boxes_that_cannot_be_used_are_told(here: World, caplog: pytest.LogCaptureFixture) -> None:
+    calls = asked(here)
+    turned = rectangle(50, 25, 50, 50, id="turned")
+    turned["value"]["rotation"] = 90
+    drawn = [rectangle(10, 10, 0, 10, id="flat"), rectangle(110, 110, 10, 10, id="out"), turned]
+    here.predict(here.task(1, annotations=[{"id": 1, "result": drawn, "updated_at": "2026-01-01T00:00:00Z"}]), config=WITH_BOX)
+    ((x, y, w, h),) = calls[-1]["boxes"]  # the upright box around the turned one
+    assert [x, y, w, h] == pytest.approx([8.0, 12.0, 24.0, 32.0], abs=1e-3)
+    assert all(any(name in message for message in caplog.messages) for name in ("flat", "out"))
 
 
 def boxes_of(prediction: dict[str, Any]) -> list[dict[str, Any]]:

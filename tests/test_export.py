@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,30 @@ def test_labels_that_are_not_clear_are_told(here: World, studio: SmallLabelStudi
     assert export(here, tmp_path / "annotations.json", monkeypatch) == 1
     assert "task 1: 'ear'" in capsys.readouterr().out
     assert [len(image.things) for image in read_coco(tmp_path / "annotations.json").images] == [2]
+
+
+def test_images_are_told_apart_and_empty_ones_are_there(here: World, studio: SmallLabelStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    one, other, empty, lost = studio.add(4)
+    studio.tasks[one]["data"]["image"] = "/data/local-files/?d=a/dog 1.png"
+    studio.tasks[other]["data"]["image"] = "https://elsewhere/b/dog%201.png"
+    studio.tasks[lost]["data"]["image"] = "/data/upload/1/gone.png"
+    for task in (one, other):
+        studio.annotate(task, dog(0, "a"))
+    studio.annotate(empty, [])
+    studio.annotate(lost, [])
+    assert export(here, tmp_path / "annotations.json", monkeypatch) == 1
+    assert f"task {lost}: the size of its image is not to be had" in capsys.readouterr().out
+    found = json.loads((tmp_path / "annotations.json").read_text())
+    assert [i["file_name"] for i in found["images"]] == ["dog 1.png", "b/dog 1.png", f"{empty}.png"]
+    assert [i["width"] for i in found["images"]] == [64] * 3 and len(found["annotations"]) == 2
+
+
+def test_a_box_that_two_kinds_share_is_one_object(here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = '<KeyPointLabels name="cat" toName="image"><Label value="paw"/></KeyPointLabels>'
+    studio = label_studio_of(here, WITH_BOX.replace("</View>", second + "</View>"))
+    (task,) = studio.add(1)
+    studio.annotate(task, dog(0, "a"))
+    assert export(here, tmp_path / "annotations.json", monkeypatch) == 0
+    found = json.loads((tmp_path / "annotations.json").read_text())
+    assert len(found["categories"]) == 2 and [a["num_keypoints"] for a in found["annotations"]] == [2]

@@ -10,7 +10,7 @@ import torch
 
 from kptllm_core.claims import claims, yielded
 from kptllm_core.errors import DataError
-from kptllm_core.finder import Found, find, windows
+from kptllm_core.finder import MAX_WINDOWS, Found, find, windows
 from kptllm_core.geometry import Crop
 from kptllm_core.instances import Detected, assign, box_iou, distinct, instances_loss, overlap
 from kptllm_core.keypoints import KeypointSet
@@ -87,10 +87,13 @@ def test_small_objects_of_a_large_image_are_found_in_windows() -> None:
 
 
 def test_the_number_of_windows_is_bounded() -> None:
-    assert len(windows(4000, 3000, 50.0, 160)) <= 64
+    bounded = windows(4000, 3000, 50.0, 160)
+    assert len(bounded) <= MAX_WINDOWS
+    a, b = bounded[0].to_image(np.array([[0.0, 0.0], [160.0, 0.0]]))
+    assert 30 / (b - a)[0] * 160 > 14  # what a bee of 30 pixels is in a window of such an image
     eye = Square([[10, 10, 20, 20]])
     find(eye, 20000, 15000, 0.001, 160)
-    assert eye.crops <= 65
+    assert eye.crops <= MAX_WINDOWS + 1
 
 
 def test_support_for_scenes_comes_from_elsewhere() -> None:
@@ -118,13 +121,21 @@ def test_a_point_belongs_to_the_surer_object() -> None:
     one = KeypointSet(names, np.array([[10, 10], [50, 50]], float), np.full(2, 2), np.array([0.9, 0.3]), np.array([0, 0, 60, 60.0]))
     other = KeypointSet(names, np.array([[11, 10], [50, 51]], float), np.full(2, 2), np.array([0.5, 0.8]), np.array([5, 5, 60, 60.0]))
     far = KeypointSet(names, np.array([[10, 10], [50, 50]], float), np.full(2, 2), np.array([0.1, 0.1]), np.array([100, 100, 60, 60.0]))
-    taken = claims([one, other, far])
+    taken = claims([one, other, far], [1, 1, 1])
     assert {k: [p[:2] for p in v] for k, v in taken[1].items()} == {0: [(10.0, 10.0)]}
     assert {k: [p[:2] for p in v] for k, v in taken[0].items()} == {1: [(50.0, 51.0)]}
     assert taken[2] == {}  # its box touches none of the others
-    left = yielded([one, other, far])
+    left = yielded([one, other, far], [1, 1, 1])
     assert [o.placed.tolist() for o in left] == [[True, False], [False, True], [True, True]]
     assert one.placed.all()
+    assert [bool(t) for t in claims([one, other, far], [0, 1, 1])] == [True, False, False]  # the first is too faint to be shown
+    assert [o.placed.tolist() for o in yielded([one, other, far], [2, 1, 1])] == [[True, True], [False, False], [True, True]]
+
+
+def test_what_has_lost_a_point_takes_it_from_nobody() -> None:
+    box = np.array([0, 0, 100, 100.0])
+    at = [KeypointSet(("nose",), np.array([[x, 10.0]]), np.full(1, 2), np.array([s]), box) for x, s in ((10, 0.9), (13, 0.8), (16, 0.7))]
+    assert [bool(o.placed[0]) for o in yielded(at, [1, 1, 1])] == [True, False, True]
 
 
 def test_no_point_is_used_by_two_objects_that_lie_on_each_other() -> None:
@@ -135,7 +146,35 @@ def test_no_point_is_used_by_two_objects_that_lie_on_each_other() -> None:
     assert truth.box is not None
     boxes = np.stack([truth.box, truth.box + [1, 0, 0, 0], truth.box])
     alone = predictor.predict([image] * 2, category.schema, [Example(shown, points)], list(boxes[:2]))
-    assert any(claims(alone))
+    assert any(claims(alone, [1, 1]))
     (found,) = predictor.predict_objects([image], category.schema, [Example(shown, points)], [boxes], find=False)
-    assert len(found) == 3 and not any(claims([i.keypoints for i in found]))
+    assert len(found) == 3 and not any(claims([i.keypoints for i in found], [1, 1, 1]))
     assert sum(int(i.keypoints.placed.sum()) for i in found) > len(category.schema)  # the others found other places
+
+
+def test_drawing_one_object_changes_nothing_about_another() -> None:
+    predictor = load_predictor("nano")
+    category, rng = Category.sample(np.random.default_rng(5)), np.random.default_rng(6)
+    support = [Example(*category.render(rng, 256))]
+    image = np.concatenate([category.render(rng, 256)[0] for _ in range(2)], 1)
+    (found,) = predictor.predict_objects([image], category.schema, support, least=0.01)
+    left = next(i for i in found if i.keypoints.box is not None and i.keypoints.box[[0, 2]].sum() < 256)
+    right = next(i for i in found if i.keypoints.box is not None and i.keypoints.box[0] > 256)
+    for drawn, other in ((left, right), (right, left)):
+        assert drawn.keypoints.box is not None
+        (again,) = predictor.predict_objects([image], category.schema, support, [drawn.keypoints.box[None]], least=0.01)
+        assert again[0].score == 1.0 and (again[0].keypoints.box == drawn.keypoints.box).all()
+        assert any(i.score == pytest.approx(other.score, abs=1e-3) and np.allclose(i.keypoints.box, other.keypoints.box) for i in again[1:])
+
+
+def test_names_help_to_find_objects_only_once_a_round_has_taught_them() -> None:
+    predictor = load_predictor("nano")
+    category, rng = Category.sample(np.random.default_rng(3)), np.random.default_rng(4)
+    support, (image, _) = [Example(*category.render(rng, 96))], category.render(rng, 96)
+
+    def scores(prompt: str) -> np.ndarray:
+        return predictor.find_objects(image, category.schema, support, prompt, least=0.0).score
+
+    assert np.array_equal(scores("both"), scores("visual"))
+    predictor.adapter = "taught"
+    assert not np.array_equal(scores("both"), scores("visual"))

@@ -264,8 +264,10 @@ def test_groups_by_parent_by_box_and_beside_it() -> None:
     assert [(o.box.region_id if o.box else None, o.keypoints.visibility.tolist()) for o in by_place.objects] == [
         ("a", [0, 2, 0]), ("b", [2, 0, 0]), (None, [0, 0, 2])]  # fmt: skip
     beside = read_result(kp, [a, region("nose", 5, 5), region("left_eye", 40, 40), region("nose", 90, 90)])
-    assert [o.keypoints.visibility.tolist() for o in beside.objects] == [[2, 2, 0], [2, 0, 0]]
-    assert beside.objects[0].box is not None and beside.objects[1].box is None
+    assert [o.keypoints.visibility.tolist() for o in beside.objects] == [[2, 0, 0], [2, 2, 0]]  # the stray eye goes with the stray nose
+    assert beside.objects[0].box is not None and beside.objects[1].box is None and len(beside.problems) == 2
+    alone = read_result(kp, [a, region("nose", 5, 5), region("left_eye", 40, 40)])
+    assert [o.keypoints.visibility.tolist() for o in alone.objects] == [[2, 2, 0]] and alone.problems == ()
 
 
 def test_a_point_in_several_boxes_is_reported() -> None:

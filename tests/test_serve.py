@@ -24,6 +24,7 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from kptllm_core import routes
+from kptllm_core.keypoints import SHOWN
 from kptllm_core.messages import MAX_BOXES
 from kptllm_core.routes import Core, create_app
 from tests.core_process import TimedPredictor, core_on
@@ -194,6 +195,21 @@ def test_objects_that_cannot_be_asked_for_are_told_in_words(client: FlaskClient,
     objects, said = BAD_OBJECTS[name]
     error = ask_objects(client, data, objects)["error"]
     assert error["code"] == "invalid_input" and said in error["message"]
+
+
+def test_the_box_of_one_object_lies_in_its_image_too(client: FlaskClient) -> None:
+    data = picture(10)
+    upload(client, data)
+    queries = [{"image": sha(data), "box": [9999, 9999, 5, 5]}, {"image": sha(data), "box": [1, 1, 4, 4]}]
+    first, second = client.post("/predict", json={"schema": SCHEMA, "prompt": "text", "queries": queries}).get_json()["results"]
+    assert first["error"]["code"] == "invalid_input" and "box is [9999.0, 9999.0, 5.0, 5.0], which lies outside" in first["error"]["message"]
+    assert "keypoints" in second
+
+
+def test_what_is_shown_by_default_is_told_as_it_is() -> None:
+    least = json.dumps(OPENAPI).split('"find": {')[1].split('"least": ')[1]
+    assert f'"default": {SHOWN}' in least[:200]
+    assert f"need {SHOWN} without it" in (ROOT / "label_config" / "templates" / "several_objects.xml").read_text()
 
 
 def test_all_objects_or_one_but_not_both(client: FlaskClient) -> None:
