@@ -80,17 +80,17 @@ def labelled_images(services: Services, project: int, config: LabelConfig, probl
             read.setdefault(url, {})[kind] = read_result(control, result, *size)
             problems += [f"task {number}: {problem}" for problem in read[url][kind].problems]
         for url, kinds in read.items():
-            name = _name(url)
-            if taken.setdefault(name, url) != url:  # another image of that name: its whole address tells them apart
-                name = unquote(urlsplit(url).path).strip("/")
+            path = _path(url)
+            names = (path.name, str(path), f"{number}-{path.name}")  # another image of that name: its folders, or its task, tell them apart
+            name = next(n for n in names if taken.setdefault(n, url) == url)
             yield LabelledImage(name, tuple(_things(kinds, _kinds(config))), size=sizes[url])
 
 
-def _name(url: str) -> str:
-    """The file's name in an address, as Label Studio's own exports have it; local files tell theirs in the query."""
+def _path(url: str) -> PurePosixPath:
+    """The file in an address, whose name is what Label Studio's own exports call it; local files tell theirs in the query."""
     parts = urlsplit(url)
     local = dict(parse_qsl(parts.query)).get("d") if parts.path.endswith("/data/local-files/") else None
-    return PurePosixPath(local or unquote(parts.path)).name
+    return PurePosixPath((local or unquote(parts.path)).lstrip("/"))
 
 
 def _kinds(config: LabelConfig) -> dict[str, KeypointControl]:

@@ -62,9 +62,11 @@ class _Item:
     drawing: Drawing | None = None
 
     def queries(self, drawn: bool) -> list[Query | AllObjects]:
-        """All objects where the config has a box for each to be told apart by, else one; while a person draws, what was drawn on.
+        """All objects where the config has a box for each to be told apart by, those that people drew and perhaps the others, else one; while
+        a person draws, what was drawn on.
 
-        None where the config wants boxes of a person, and nobody drew one.
+        None where the config wants boxes of a person, and nobody drew one. Boxes without a control for them come from a version whose
+        config still had one.
         """
         if self.drawing:
             return list(self.drawing.queries(self.sha))
@@ -225,7 +227,7 @@ class Prediction:
             result = source.get("result")
             read = read_result(control, result, *size) if isinstance(result, list) else None
             for problem in read.problems if read else ():
-                log.warning("project %s, task %s: %s", self.project, task.get("id"), problem)
+                log.info("project %s, task %s: %s", self.project, task.get("id"), problem)
             if read and read.boxes:
                 return list(read.boxes)
         return []

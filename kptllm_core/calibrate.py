@@ -1,8 +1,8 @@
 """How likely is a box right that the model found? Fits `ModelConfig.sureness` of a checkpoint: the `calibrate` command.
 
-Rendered kinds that no training has seen: images that one object fills, and scenes of none to twelve, searched as serving does, with
-examples and by names alone. Each half of the kinds tells how well the other half's fit holds. Only `config.json` changes; the weights, and
-what was trained on them, stay valid.
+Rendered kinds that no training has seen: images that one object fills, and scenes of none to twelve, searched as serving does (only that
+boxes too faint to be shown take part when two objects claim a point), with examples and by names alone. Each half of the kinds tells how
+well the other half's fit holds. Only `config.json` changes; the weights, and what was trained on them, stay valid.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tqdm import tqdm
 
 from kptllm_core import metrics
 from kptllm_core.checkpoint import load_checkpoint, save_config
-from kptllm_core.config import ModelConfig, model_folder
+from kptllm_core.config import SEARCHES, ModelConfig, model_folder
 from kptllm_core.crowds import hits
 from kptllm_core.errors import InvalidInput
 from kptllm_core.finder import COUNTED, FAINT
 from kptllm_core.instances import box_iou
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.predictor import Example, Predictor
-from kptllm_core.sureness import KINDS, WITNESSES, Weights, fit, sureness, trust, witnesses
+from kptllm_core.sureness import WITNESSES, Weights, fit, sureness, trust, witnesses
 from kptllm_core.synthetic import Category
 
 SIZE = 384  # of the images, pixels
@@ -37,7 +37,7 @@ SEED = 2027  # kinds are drawn from it: others than training draws
 
 def scenes(kind: str, number: int, images: int) -> Iterator[tuple[Category, list[Example], np.ndarray, list[KeypointSet]]]:
     """(category, support, image, true objects) of one rendered category, for one kind of search."""
-    rng = np.random.default_rng([SEED, KINDS.index(kind), number])
+    rng = np.random.default_rng([SEED, SEARCHES.index(kind), number])
     category = Category.sample(rng)
 
     def draw(least: int) -> tuple[np.ndarray, list[KeypointSet]]:
@@ -82,8 +82,8 @@ def evidence(predictor: Predictor, kind: str, number: int, images: int) -> np.nd
 def calibrate(predictor: Predictor, categories: int, images: int) -> dict[str, Fitted]:
     """Of each kind of search. Each half of the categories judges what the other half fits; what is kept is fitted on all."""
     told: dict[str, Fitted] = {}
-    with tqdm(total=len(KINDS) * categories, unit=" kind", desc="calibrate", disable=None) as bar:
-        for kind in KINDS:
+    with tqdm(total=len(SEARCHES) * categories, unit=" kind", desc="calibrate", disable=None) as bar:
+        for kind in SEARCHES:
             rows = []
             for number in range(categories):
                 rows.append(evidence(predictor, kind, number, images))
@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> int:
         if found.error is None:
             print(f"{share}; nothing to fit, the weights stay.", file=sys.stderr)
             continue
-        print(f"{share}; calibration error on other kinds {found.error_before:.3f} → {found.error:.3f}; weights {found.weights}")
+        before = "–" if found.error_before is None else f"{found.error_before:.3f}"
+        print(f"{share}; calibration error on other kinds {before} → {found.error:.3f}; weights {found.weights}")
     if not args.dry_run:
         save_config(folder, replace(ModelConfig.load(folder), sureness={kind: found.weights for kind, found in told.items()}))
         print(f"Wrote {folder / 'config.json'}.")

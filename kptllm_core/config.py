@@ -13,6 +13,7 @@ from typing import Any
 from kptllm_core.errors import ArtifactError
 
 PRESETS = Path(__file__).parent / "presets"
+SEARCHES = ("whole", "windows", "names")  # for objects: examples that fill their images; small ones, sought in windows; no example at all
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ModelConfig:
     refine_heads: int = 4
     instance_width: int = 64
     """Channels of the head that finds objects in a whole image."""
-    sureness: dict[str, list[float]] = field(default_factory=lambda: {k: [10.2, 4.6, 4.6, 0.0] for k in ("whole", "windows", "names")})
+    sureness: dict[str, list[float]] = field(default_factory=lambda: {k: [10.2, 4.6, 4.6, 0.0] for k in SEARCHES})
     """For each kind of search, how what is known of a found box says how likely it is right (`sureness.py`); fitted after training."""
     lora_rank: int = 16
     """Rank of an adapter's LoRA matrices."""
@@ -63,7 +64,10 @@ class ModelConfig:
         if unknown:
             raise ArtifactError(f"{path} has unknown keys: {', '.join(unknown)}. Known: {', '.join(f.name for f in fields(cls))}.")
         values["features"] = tuple(values.get("features", cls.features))
-        return cls(**values)
+        config = cls(**values)
+        if {kind: len(weights) for kind, weights in config.sureness.items()} != dict.fromkeys(SEARCHES, 4):
+            raise ArtifactError(f"{path}: sureness has 4 numbers for each of {', '.join(SEARCHES)}. Leave the key out, then run `calibrate`.")
+        return config
 
     def save(self, folder: Path) -> None:
         (Path(folder) / "config.json").write_text(json.dumps(asdict(self), indent=1) + "\n")

@@ -35,7 +35,7 @@ from kptllm_core.lexicon import lexicon
 from kptllm_core.model import Asked
 from kptllm_core.naming import choose_names, write_names
 from kptllm_core.objective import RARE
-from kptllm_core.support import Example, Prepared, margin_of, support_key, usable_box, with_margin
+from kptllm_core.support import Example, Prepared, margin_of, support_key, usable_box, usual_points, with_margin
 from kptllm_core.sureness import Weights, least_seen, search_kind, sureness, trust, witnesses
 from kptllm_core.vision import grid_positions
 
@@ -147,8 +147,8 @@ class Predictor:
         """The points of every object in each image, any number of them, also none: those that were given a box first.
 
         boxes: (N, 4) x, y, w, h in pixels for each image, as people drew them: used as they are. find: look for the others, too,
-        and answer with at most `most`, whose score is at least `least`. The rest is as in `predict`. Where objects lie on each other, no
-        point is used by two of them.
+        and answer with at most `most`, whose score is at least `least`. The rest is as in `predict`, but that names of a kind are not read to
+        find it by before a round has taught them. Where objects lie on each other, no point is used by two of them.
         """
         given = [np.zeros((0, 4)) if b is None else np.asarray(b, np.float64).reshape(-1, 4) for b in boxes or [None] * len(images)]
         for own in given:
@@ -296,7 +296,7 @@ class Predictor:
         whole = self._support(images, points, [crop_of_image(i.shape[1], i.shape[0], self.size) for i in images])
         margins = [margin_of(p, b) for p, b in zip(points, boxes, strict=True) if p.placed.any()]
         shares = [max(b[2], b[3]) / max(i.shape[:2]) for b, i in zip(boxes, images, strict=True)]
-        prepared = Prepared(tight, whole, np.mean(margins, 0), float(np.median(shares)))
+        prepared = Prepared(tight, whole, np.mean(margins, 0), float(np.median(shares)), usual_points(points))
         self._supports[key] = prepared
         if len(self._supports) > 32:
             self._supports.popitem(last=False)
@@ -324,10 +324,11 @@ class Predictor:
         return box if np.isfinite(box).all() else None
 
     def _around(self, points: KeypointSet, prepared: Prepared | None, image: np.ndarray, least: float) -> np.ndarray:
-        """(4,) a box around the points that are not much less sure than most; not a number where they are too few.
+        """(4,) a box around the usual points that are not much less sure than most; not a number where they are too few.
 
         least: longer side of the points' hull, pixels, if it has none."""
-        sure = points.placed & (points.score >= 0.5 * np.median(points.score[points.placed])) if points.placed.any() else points.placed
+        there = points.placed & prepared.usual if prepared is not None else points.placed
+        sure = there & (points.score >= 0.5 * np.median(points.score[there])) if there.any() else there
         if sure.sum() < min(2, len(points)):
             return np.full(4, np.nan)
         margin = prepared.margin if prepared is not None else np.full(4, 0.1)

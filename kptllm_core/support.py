@@ -33,6 +33,9 @@ class Prepared:
     """(4,) how far the objects' boxes reach beyond their points on the left, top, right, bottom; shares of the points' extent."""
     share: float
     """Median of box side over image side."""
+    usual: np.ndarray
+    """(K,) bool: points that more than half of the examples have, or all if fewer than two are so. What most examples lack, a tongue that is
+    seldom out, does not stretch a box."""
 
 
 def support_key(weights: str, schema: KeypointSchema, support: Sequence[Example]) -> str:
@@ -41,6 +44,12 @@ def support_key(weights: str, schema: KeypointSchema, support: Sequence[Example]
         image = example.key or hashlib.sha256(np.ascontiguousarray(example.image).data).hexdigest()
         digest.update(repr((image, example.image.shape, example.keypoints.to_json())).encode())
     return digest.hexdigest()
+
+
+def usual_points(examples: Sequence[KeypointSet]) -> np.ndarray:
+    """(K,) bool; see `Prepared.usual`."""
+    usual = np.mean([e.placed for e in examples], 0) > 0.5
+    return usual if usual.sum() >= 2 else np.ones(len(usual), bool)
 
 
 def usable_box(points: KeypointSet, image: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ import numpy as np
 from kptllm_core.finder import needs_windows
 from kptllm_core.keypoints import KeypointSet
 
-KINDS = ("whole", "windows", "names")  # examples that fill their images; small ones, sought in windows; no example at all
 NEARLY = 0.99  # only what a person drew is certain
 LEAST = 1e-4  # of a witness, before its logarithm is taken
 PRIOR = 1.0  # of the fit, in boxes: weights stay small where there are few

@@ -249,9 +249,9 @@ def _grouped(points: list[_Point], parents: dict[str, str], relations: dict[str,
         else:
             outside.append(point)
     # Points beside the image's only box are still that object's, unless it has one of them already: then they are another one's, all of them.
-    names = [p.name for p in outside]
-    if len(boxes) == 1 and len({*names, *(p.name for p in groups[boxes[0].region_id])}) == len(names) + len(groups[boxes[0].region_id]):
-        groups[boxes[0].region_id] += outside
+    names, own = [p.name for p in outside], groups[boxes[0].region_id] if len(boxes) == 1 else None
+    if own is not None and len(set(names)) == len(names) and not {p.name for p in own} & set(names):
+        own += outside
     elif outside:
         groups.setdefault("", []).extend(outside)
         problems += [f"'{p.name}' ({p.region_id}) lies in no box: it counts as an object without one; draw its box, or drag it onto its box in "

@@ -72,19 +72,20 @@ def test_labels_that_are_not_clear_are_told(here: World, studio: SmallLabelStudi
 
 def test_images_are_told_apart_and_empty_ones_are_there(here: World, studio: SmallLabelStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    one, other, empty, lost = studio.add(4)
-    studio.tasks[one]["data"]["image"] = "/data/local-files/?d=a/dog 1.png"
-    studio.tasks[other]["data"]["image"] = "https://elsewhere/b/dog%201.png"
-    studio.tasks[lost]["data"]["image"] = "/data/upload/1/gone.png"
-    for task in (one, other):
+    *dogs, empty, lost = studio.add(6)
+    places = ["/data/local-files/?d=a/dog 1.png", "https://here/b/dog%201.png", "https://there/b/dog%201.png", "/data/local-files/?d=c/dog 1.png"]
+    for task, url in zip([*dogs, lost], [*places, "/data/upload/1/gone.png"], strict=True):
+        studio.tasks[task]["data"]["image"] = url
+    for task in dogs:
         studio.annotate(task, dog(0, "a"))
     studio.annotate(empty, [])
     studio.annotate(lost, [])
     assert export(here, tmp_path / "annotations.json", monkeypatch) == 1
     assert f"task {lost}: the size of its image is not to be had" in capsys.readouterr().out
     found = json.loads((tmp_path / "annotations.json").read_text())
-    assert [i["file_name"] for i in found["images"]] == ["dog 1.png", "b/dog 1.png", f"{empty}.png"]
-    assert [i["width"] for i in found["images"]] == [64] * 3 and len(found["annotations"]) == 2
+    named = ["dog 1.png", "b/dog 1.png", f"{dogs[2]}-dog 1.png", "c/dog 1.png", f"{empty}.png"]
+    assert [i["file_name"] for i in found["images"]] == named
+    assert [i["width"] for i in found["images"]] == [64] * 5 and len(found["annotations"]) == 4
 
 
 def test_a_box_that_two_kinds_share_is_one_object(here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from kptllm_core.geometry import Crop
 from kptllm_core.instances import Detected, assign, box_iou, distinct, instances_loss, overlap
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.predictor import Example, load_predictor
+from kptllm_core.support import usual_points
 from kptllm_core.synthetic import Category
 
 
@@ -178,3 +179,13 @@ def test_names_help_to_find_objects_only_once_a_round_has_taught_them() -> None:
     assert np.array_equal(scores("both"), scores("visual"))
     predictor.adapter = "taught"
     assert not np.array_equal(scores("both"), scores("visual"))
+
+
+def test_points_that_few_examples_have_do_not_stretch_a_box() -> None:
+    def example(*states: int) -> KeypointSet:
+        return KeypointSet(("nose", "tail", "tongue"), np.zeros((3, 2)), np.array(states))
+
+    often, seldom = example(2, 2, 2), example(2, 2, 0)
+    assert usual_points([often, seldom, seldom]).tolist() == [True, True, False]
+    assert usual_points([often, often, seldom]).tolist() == [True] * 3
+    assert usual_points([example(2, 0, 0), example(0, 2, 0)]).tolist() == [True] * 3  # too few are usual

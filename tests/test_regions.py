@@ -268,6 +268,8 @@ def test_groups_by_parent_by_box_and_beside_it() -> None:
     assert beside.objects[0].box is not None and beside.objects[1].box is None and len(beside.problems) == 2
     alone = read_result(kp, [a, region("nose", 5, 5), region("left_eye", 40, 40)])
     assert [o.keypoints.visibility.tolist() for o in alone.objects] == [[2, 2, 0]] and alone.problems == ()
+    twice = read_result(kp, [a, region("nose", 5, 5), region("nose", 6, 6), region("left_eye", 40, 40)])
+    assert [o.keypoints.visibility.tolist() for o in twice.objects] == [[0, 2, 0]] and len(twice.problems) == 1
 
 
 def test_a_point_in_several_boxes_is_reported() -> None:

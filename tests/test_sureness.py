@@ -12,9 +12,10 @@ import pytest
 from kptllm_core.__main__ import main
 from kptllm_core.calibrate import FEW, scenes
 from kptllm_core.checkpoint import load_checkpoint
-from kptllm_core.config import PRESETS, ModelConfig
+from kptllm_core.config import PRESETS, SEARCHES, ModelConfig
+from kptllm_core.errors import ArtifactError
 from kptllm_core.keypoints import KeypointSet
-from kptllm_core.sureness import KINDS, LEAD, NEARLY, fit, least_seen, search_kind, sureness, trust, witnesses
+from kptllm_core.sureness import LEAD, NEARLY, fit, least_seen, search_kind, sureness, trust, witnesses
 
 
 def some_boxes(weights: list[float], images: int = 1500) -> tuple[np.ndarray, np.ndarray]:
@@ -65,7 +66,7 @@ def test_the_kind_of_search_follows_from_the_examples() -> None:
     assert [search_kind(share) for share in (None, 0.05, 0.9)] == ["names", "windows", "whole"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SEARCHES)
 def test_scenes_are_drawn_as_they_are_searched(kind: str) -> None:
     found = list(scenes(kind, 2, 3))
     assert len(found) == 3 and len({len(support) for _, support, _, _ in found}) == 1
@@ -83,7 +84,7 @@ def test_the_command_writes_the_weights_and_changes_nothing_else(tmp_path: Path,
     assert main(["calibrate", "--model", str(tmp_path / "nano"), "--categories", "2", "--images", "1"]) == 0
     assert "whole:" in "".join(capsys.readouterr())
     after = load_checkpoint(tmp_path / "nano")
-    assert after.base == before.base and set(ModelConfig.load(tmp_path / "nano").sureness) == set(KINDS)
+    assert after.base == before.base and set(ModelConfig.load(tmp_path / "nano").sureness) == set(SEARCHES)
     assert (tmp_path / "nano" / "README.md").is_file()
     assert all(np.isfinite(w).all() and len(w) == 4 for w in json.loads((tmp_path / "nano" / "config.json").read_text())["sureness"].values())
 
@@ -96,3 +97,16 @@ def test_too_few_kinds_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_trust_counts_absent_points_as_nothing() -> None:
     points = KeypointSet(("a", "b"), np.zeros((2, 2)), np.array([2, 3]), np.array([0.8, 0.9]))
     assert trust(points) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("sureness", [{"whole": [1, 2, 3], "windows": [1, 2, 3, 4], "names": [1, 2, 3, 4]}, {"whole": [1, 2, 3, 4]}])
+def test_a_config_with_other_weights_is_refused_in_words(tmp_path: Path, sureness: dict[str, list[float]]) -> None:
+    values = json.loads((PRESETS / "nano" / "config.json").read_text()) | {"sureness": sureness}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ArtifactError, match="4 numbers for each of whole, windows, names"):
+        ModelConfig.load(tmp_path)
+
+
+def test_one_image_in_six_that_an_object_would_fill_has_none() -> None:
+    counts = [len(truth) for number in range(20) for *_, truth in scenes("whole", number, 3)]
+    assert 3 <= counts.count(0) <= 20 and set(counts) == {0, 1}
