@@ -149,6 +149,7 @@ def test_the_boxes_of_the_newest_annotation_are_the_objects(here: World) -> None
 
 
 def test_boxes_that_cannot_be_used_are_told(here: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     calls = asked(here)
     turned = rectangle(50, 25, 50, 50, id="turned")
     turned["value"]["rotation"] = 90
