@@ -11,10 +11,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from backend.formats.coco import coco_of
 from backend.formats.labels import LabelledImage, LabelledPoint, LabelledThing
+from backend.images import local_file
 from backend.intake import annotation_row
 from backend.services import Services
 from backend.settings import Settings
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 def labelled_images(services: Services, project: int, config: LabelConfig, problems: list[str]) -> Iterator[LabelledImage]:
     """Every labelled task's image with its objects, also those with a box alone and images without any. `problems` gets what is not clear,
     in words."""
+    controls = _kinds(config)
     taken: dict[str, str] = {}  # name → address
     for task in services.label_studio.tasks(project, annotated=True):
         number = int(task["id"])
@@ -68,29 +70,28 @@ def labelled_images(services: Services, project: int, config: LabelConfig, probl
         result = counted[-1].result
         read: dict[str, dict[str, ReadResult]] = {}  # address → kind → what it has of that kind
         sizes: dict[str, tuple[int, int]] = {}
-        for kind, control in _kinds(config).items():
+        for kind, control in controls.items():
             url = control.image_of(task["data"])
             if not url:
                 continue
             try:
-                size = sizes.setdefault(url, _size(result, control) or image_size(services.images.fetch(url, number)))
+                if url not in sizes:
+                    sizes[url] = _size(result, control) or image_size(services.images.fetch(url, number))
             except KptError as error:
                 problems.append(f"task {number}: the size of its image is not to be had, so it is left out: {error.message}")
                 continue
-            read.setdefault(url, {})[kind] = read_result(control, result, *size)
+            read.setdefault(url, {})[kind] = read_result(control, result, *sizes[url])
             problems += [f"task {number}: {problem}" for problem in read[url][kind].problems]
         for url, kinds in read.items():
             path = _path(url)
             names = (path.name, str(path), f"{number}-{path.name}")  # another image of that name: its folders, or its task, tell them apart
             name = next(n for n in names if taken.setdefault(n, url) == url)
-            yield LabelledImage(name, tuple(_things(kinds, _kinds(config))), size=sizes[url])
+            yield LabelledImage(name, tuple(_things(kinds, controls)), size=sizes[url])
 
 
 def _path(url: str) -> PurePosixPath:
     """The file in an address, whose name is what Label Studio's own exports call it; local files tell theirs in the query."""
-    parts = urlsplit(url)
-    local = dict(parse_qsl(parts.query)).get("d") if parts.path.endswith("/data/local-files/") else None
-    return PurePosixPath((local or unquote(parts.path)).lstrip("/"))
+    return PurePosixPath((local_file(url) or unquote(urlsplit(url).path)).lstrip("/"))
 
 
 def _kinds(config: LabelConfig) -> dict[str, KeypointControl]:

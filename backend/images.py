@@ -276,10 +276,16 @@ def _decodes(data: bytes) -> bool:
     return True
 
 
+def local_file(url: str) -> str:
+    """The path that the address of one of Label Studio's local files tells in its query; "" for other addresses."""
+    parts = urlsplit(url)
+    return dict(parse_qsl(parts.query)).get("d", "") if parts.path.endswith("/data/local-files/") else ""
+
+
 def _shown(url: str) -> str:
     """A URL for messages and logs: without login and query, which may hold signatures; local files keep their name."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
-    name = dict(parse_qsl(parts.query)).get("d", "") if parts.path.endswith("/data/local-files/") else ""
+    name = local_file(url)
     text = f"{parts.scheme}://{host}{unquote(parts.path)}" + (f"?d={name}" if name else "")
     return "".join(letter if letter.isprintable() else "?" for letter in text[:300])
