@@ -31,12 +31,12 @@ def sure(seen: float, trusted: float, weights: list[float]) -> float:
 
 def test_the_fit_finds_the_chances_that_made_the_data() -> None:
     true = [4.0, 1.5, 3.0, 0.8]
-    assert fit(*some_boxes(true)) == pytest.approx(true, rel=0.2)
+    assert fit(*some_boxes(true)) == pytest.approx(true, rel=0.15)
 
 
 def test_a_witness_that_speaks_against_itself_is_not_heard() -> None:
     constant, head, points, lead = fit(*some_boxes([0.5, -2.0, 2.0, 0.0]))
-    assert head == 0.0 and points == pytest.approx(2.0, rel=0.5) and lead < 0.2 and np.isfinite(constant)
+    assert head == 0.0 and points == pytest.approx(2.0, rel=0.25) and lead < 0.2 and np.isfinite(constant)
 
 
 def test_few_and_perfectly_parted_boxes_give_finite_weights() -> None:
