@@ -34,7 +34,7 @@ from kptllm_core.predictor import Example, Predictor, load_predictor
 from kptllm_core.synthetic import Category
 
 SIDE = 640  # pixels of the image with many objects
-OBJECT = 80  # pixels of an object in growing images
+OBJECT = 100  # pixels of the picture of an object in growing images; itself it is somewhat smaller
 NAIVE = 4  # calls without a box that are timed; the time of all objects is theirs, extrapolated
 
 
@@ -75,17 +75,18 @@ def costs(predictor: Predictor, counts: list[int], repeats: int) -> dict[int, di
 
 
 def growth(predictor: Predictor, sides: list[int], repeats: int) -> dict[int, dict[str, float]]:
-    """Search in square images, whose objects stay `OBJECT` pixels large: seconds, windows and memory at most (MB)."""
+    """Search in square images, whose objects stay as large in pixels: seconds, windows and memory at most (MB)."""
     category, rng = Category.sample(np.random.default_rng(7)), np.random.default_rng(9)
+    canvas, points = category.render(rng, OBJECT)
+    extent = float(max(np.asarray(points.object_box())[2:]))
     found = {}
     for side in sides:
         image = rng.integers(0, 255, (side, side, 3), dtype=np.uint8)
-        canvas, points = category.render(rng, OBJECT)
         shown = np.full((side, side, 3), 128, np.uint8)
         shown[:OBJECT, :OBJECT] = canvas
         support = [Example(shown, points)]
         seconds = fastest({"search": lambda image=image, support=support: predictor.find_objects(image, category.schema, support)}, repeats)  # type: ignore[misc]
-        windows = finder.windows(side, side, OBJECT * finder.WINDOW, predictor.size)
+        windows = finder.windows(side, side, extent * finder.WINDOW, predictor.size)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         found[side] = {**seconds, "windows": len(windows) + 1, "MB": memory}
     return found

@@ -43,12 +43,11 @@ __all__ = ["Example", "Instance", "Predictor", "load_predictor"]
 
 PROMPTS = ("auto", "visual", "text", "both")
 MAX_SHOTS = 10
-BATCH = 8  # crops in one pass
+BATCH = 8  # crops in one pass; after so many found boxes the next ones are judged by the surest so far
 TELLING = 4  # points of an object from which on the others tell of one where it must be
 SAME_AS_GIVEN = 0.5  # overlap (IoU) with a drawn box from which on a found one is the same object
 GONE = 20.0  # logits below a heatmap's least: nothing pulls a point there
 DRAWN = 2  # rank of an object that a person drew: it keeps the points that others claim; found ones have 1 if they are sure enough, else 0
-SPARE = 3  # times as many boxes as objects are asked for get their points: some turn out to be the same object
 SAME_SETTLED = 0.5  # the same, of boxes that lie where their points are
 SAME_LARGE = 0.3  # the same, of a rough box and the one found by an object's points in the whole image
 MAX_WINDOWS = 25  # in which one object alone is looked for
@@ -160,8 +159,7 @@ class Predictor:
             found = Found(np.zeros((0, 4)), np.zeros(0))
             if find:
                 found = self._search(image, schema, prepared, named, faint)
-                found = Found(*(part[: SPARE * most + len(own)] for part in found))
-                found = self._settled(image, schema, prepared, named, found)
+                found = self._settled(image, schema, prepared, named, found, least)
             drawn, others = self._objects(image, own, found, schema, prepared, named, least, most)
             answers.append(drawn + sorted((i for i in others if i.score >= least), key=lambda i: -i.score))
         return answers
@@ -201,24 +199,32 @@ class Predictor:
         moved = dict(zip(again, apart, strict=True))
         return yielded([moved.get(i, points) for i, points in enumerate(sets)], rank)
 
-    def _settled(self, image: np.ndarray, schema: KeypointSchema, prepared: Prepared | None, named: bool, found: Found) -> Found:
-        """Boxes moved to where the points in them say that the object is, each object once. Without support nobody knows how far
-        an object reaches beyond its points, and the boxes stay.
+    def _settled(self, image: np.ndarray, schema: KeypointSchema, prepared: Prepared | None, named: bool, found: Found, least: float) -> Found:
+        """Boxes moved to where the points in them say that the object is, each object once. Fainter ones than any that can be as
+        sure as `least` beside the surest are left out. Without support nobody knows how far an object reaches beyond its points, and the boxes stay.
 
         An object as large as its image is found best by its points in the whole image: that box stands for the one it overlaps.
         """
         if not len(found.boxes) or prepared is None:
             return found
         named = self._named_search(prepared, named)
+        weights = self._weights_of(prepared)
+        sets: list[KeypointSet] = []
+        trusted: np.ndarray = np.zeros(0)
         with torch.inference_mode():
-            sets = self._points([image] * len(found.boxes), list(found.boxes), schema, prepared, named)
+            while len(sets) < len(found.boxes):
+                if found.score[len(sets)] < least_seen(least, weights, float((found.score[: len(sets)] * trusted).max(initial=0))):
+                    break
+                some = found.boxes[len(sets) : len(sets) + BATCH]
+                sets += self._points([image] * len(some), list(some), schema, prepared, named)
+                trusted = np.array([trust(s) for s in sets])
             boxes = np.stack([self._around(s, prepared, image, least=1.0) for s in sets])
-            boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, found.boxes)
+            boxes = np.where(np.isfinite(boxes).all(1, keepdims=True), boxes, found.boxes[: len(sets)])
             rough = None if needs_windows(prepared.share) else self._find(image, schema, prepared, named)
         if rough is not None:
             same = box_iou(rough[None], boxes)[0]
             boxes[same.argmax()] = rough if same.max() > SAME_LARGE else boxes[same.argmax()]
-        index = distinct(boxes, found.score, SAME_SETTLED)
+        index = distinct(boxes, found.score[: len(sets)], SAME_SETTLED)
         return Found(boxes[index], found.score[index])
 
     def find_objects(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example] = (), prompt: str = "auto",

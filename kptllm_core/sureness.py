@@ -50,12 +50,17 @@ def sureness(told: np.ndarray, weights: Weights) -> np.ndarray:
     return np.minimum(1 / (1 + np.exp(-(told @ np.asarray(weights)))), NEARLY)
 
 
-def least_seen(least: float, weights: Weights) -> float:
-    """The head's score below which no box is as sure as `least`, however sure its points and whatever its lead: nobody need look for these."""
+def least_seen(least: float, weights: Weights, surest: float = 0.0) -> float:
+    """The head's score below which no box is as sure as `least`, however sure its points: nobody need look for these.
+
+    surest: score times trust of the surest box so far, over which those to come have no great lead; 0 before the first.
+    """
     constant, own, _, lead = weights
     if least <= 0 or own <= 0:
         return 0.0
-    return float(min(np.exp((np.log(least / max(1 - least, 1e-6)) - constant - lead * LEAD) / own), 1.0))
+    wanted = np.log(least / max(1 - least, 1e-6)) - constant
+    ahead, level, behind = (wanted - lead * LEAD) / own, (wanted + lead * np.log(max(surest, LEAST**2))) / (own + lead), (wanted + lead * LEAD) / own
+    return float(min(np.exp(max(ahead, min(level, behind))), 1.0))
 
 
 def fit(told: np.ndarray, right: np.ndarray, steps: int = 50) -> list[float]:

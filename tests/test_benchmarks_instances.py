@@ -19,8 +19,8 @@ def test_a_crowd_has_so_many_objects_side_by_side() -> None:
 
 
 def test_every_number_and_size_is_measured(tiny_model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--model", tiny_model, "--objects", "1,2", "--sides", "160,96", "--repeats", "1"]) == 0
+    assert main(["--model", tiny_model, "--objects", "1,2", "--sides", "160,128", "--repeats", "1"]) == 0
     *told, last = capsys.readouterr().out.splitlines()
     assert set(json.loads(last)) == {"ratio_1", "ratio_2", "known_1", "known_2"} and all(v > 0 for v in json.loads(last).values())
-    assert [line.split()[0] for line in told[2:]] == ["1", "2", "image", "96", "160"]
+    assert [line.split()[0] for line in told[2:]] == ["1", "2", "image", "128", "160"]
     assert main(["--model", "no such model"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from kptllm_core.errors import DataError
 from kptllm_core.finder import MAX_WINDOWS, Found, find, windows
 from kptllm_core.geometry import Crop
 from kptllm_core.instances import Detected, assign, box_iou, distinct, instances_loss, overlap
-from kptllm_core.keypoints import KeypointSet
+from kptllm_core.keypoints import SHOWN, KeypointSet
 from kptllm_core.predictor import Example, load_predictor
 from kptllm_core.support import usual_points
 from kptllm_core.synthetic import Category
@@ -166,6 +167,29 @@ def test_drawing_one_object_changes_nothing_about_another() -> None:
         (again,) = predictor.predict_objects([image], category.schema, support, [drawn.keypoints.box[None]], least=0.01)
         assert again[0].score == 1.0 and (again[0].keypoints.box == drawn.keypoints.box).all()
         assert any(i.score == pytest.approx(other.score, abs=1e-3) and np.allclose(i.keypoints.box, other.keypoints.box) for i in again[1:])
+
+
+def test_boxes_too_faint_to_be_shown_cost_no_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = load_predictor("nano")
+    category, rng = Category.sample(np.random.default_rng(7)), np.random.default_rng(8)
+    support = [Example(*category.render(rng, 256))]
+    image = np.concatenate([category.render(rng, 256)[0] for _ in range(2)], 1)
+    crops: list[int] = []
+    really = predictor._points
+
+    def counted(images: Sequence[np.ndarray], *args: Any, **options: Any) -> list[KeypointSet]:
+        crops.append(len(images))
+        return really(images, *args, **options)
+
+    monkeypatch.setattr(predictor, "_points", counted)
+    (every,) = predictor.predict_objects([image], category.schema, support, least=0.0)
+    most = sum(crops)
+    crops.clear()
+    (shown,) = predictor.predict_objects([image], category.schema, support)
+    surest = [i for i in every if i.score >= SHOWN]
+    assert sum(crops) < most and len(shown) == len(surest) > 0
+    for one, other in zip(shown, surest, strict=True):
+        assert one.keypoints.box == pytest.approx(other.keypoints.box) and one.score == pytest.approx(other.score, abs=0.1)
 
 
 def test_names_help_to_find_objects_only_once_a_round_has_taught_them() -> None:

@@ -62,6 +62,15 @@ def test_fainter_boxes_than_these_cannot_become_sure_enough() -> None:
     assert least_seen(0.0, weights) == 0.0 and least_seen(0.3, [3.0, 0.0, 4.0, 0.0]) == 0.0 and least_seen(0.9, [-50.0, 1.0, 1.0, 1.0]) == 1.0
 
 
+@pytest.mark.parametrize("surest", [0.01, 0.1, 0.5])
+def test_beside_a_sure_box_fainter_ones_need_not_be_looked_at(surest: float) -> None:
+    weights = [3.0, 2.0, 4.0, 0.5]
+    scores = np.linspace(0.01, 0.99, 981)
+    best = [float(sureness(witnesses(np.array([s, surest]), np.ones(2)), weights)[0]) for s in scores]  # with points as sure as can be
+    first = scores[np.array(best) >= 0.3][0]
+    assert least_seen(0.3, weights, surest) == pytest.approx(first, abs=0.0015) and first >= least_seen(0.3, weights) - 0.0015
+
+
 def test_the_kind_of_search_follows_from_the_examples() -> None:
     assert [search_kind(share) for share in (None, 0.05, 0.9)] == ["names", "windows", "whole"]
 
