@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kptllm_core import predictor as serving
+from kptllm_core import passes as serving
 from kptllm_core.dataset import Sample, held_out, load_coco
 from kptllm_core.errors import DataError, KptError
 from kptllm_core.keypoints import KeypointSchema

@@ -126,8 +126,8 @@ def card(found: Findings) -> list[str]:
          "--without`): what this model leans on, not what a model trained without it could do."),
         ("Occluded and absent points", visibility_table(found), "1-shot, boxes given. *Cut*: a third of each query's object is cut off, as "
          "by the border of a photograph. *Unseen groups*: of a training set whose people marked what is occluded."),
-        ("All objects of whole images", objects_table(found), "`evaluate --task instances --shots 5 --episodes 6 --queries 5`, no box is given. Box AP50, "
-         f"box AP (0.5 to 0.95), recall at an overlap of 0.5 by the boxes that a person is shown (score of {SHOWN:g}, at most {COUNTED}), "
+        ("All objects of whole images", objects_table(found), "`evaluate --task instances --shots 5 --episodes 6 --queries 5`, no box is given. "
+         f"Box AP50, box AP (0.5 to 0.95), recall at an overlap of 0.5 by the boxes that a person is shown (score of {SHOWN:g}, at most {COUNTED}), "
          "the wrong ones among these for each image (*extra*), OKS-AP of the points that come with the boxes (σ 0.05), and the calibration "
          "error of the boxes' scores (*calib.*), for each prompt. Rendered scenes hold 0 to 12 objects of kinds that were never seen. Sets in "
          "*italics* were trained on."),

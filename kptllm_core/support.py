@@ -1,10 +1,10 @@
-"""A support set as the predictor keeps it: labelled examples, how they are cropped, and what their boxes say of new ones."""
+"""What is shown to the model: labelled examples, how they are cropped, what their boxes say of new ones, and the prompt that they make."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,6 +36,28 @@ class Prepared:
     usual: np.ndarray
     """(K,) bool: points that more than half of the examples have, or all if fewer than two are so. What most examples lack, a tongue that is
     seldom out, does not stretch a box."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an image is asked for: the points of a schema, shown by examples, told by their names, or both."""
+
+    schema: KeypointSchema
+    shown: Prepared | None
+    named: bool
+    taught: bool
+    """Whether a round has taught the model this kind."""
+
+    @property
+    def seeking(self) -> Prompt:
+        """The prompt to find objects by: names help where nothing is shown, and once a round has taught them. Before that, names of a kind
+        that the model never saw mislead more than they tell (docs/experiments.md)."""
+        return replace(self, named=self.named and (self.shown is None or self.taught))
+
+    @property
+    def margin(self) -> np.ndarray:
+        """(4,) of a box around its points, as in `Prepared`."""
+        return self.shown.margin if self.shown is not None else np.full(4, 0.1)
 
 
 def support_key(weights: str, schema: KeypointSchema, support: Sequence[Example]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.lexicon import STYLES, main, unread, written
-from kptllm_core import predictor
+from kptllm_core import passes
 
 
 def test_names_of_a_style_stay_different_and_numbers_say_nothing() -> None:
@@ -22,8 +22,8 @@ def test_names_of_a_style_stay_different_and_numbers_say_nothing() -> None:
 
 def test_only_while_it_lasts_no_name_is_read() -> None:
     with unread():
-        assert predictor.lexicon().canonical("Nase") == "nase"
-    assert predictor.lexicon().canonical("Nase") == "nose"
+        assert passes.lexicon().canonical("Nase") == "nase"
+    assert passes.lexicon().canonical("Nase") == "nose"
 
 
 def test_every_style_is_asked_read_and_raw(coco_folder: Path, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from kptllm_core.finder import MAX_WINDOWS, Found, find, windows
 from kptllm_core.geometry import Crop
 from kptllm_core.instances import Detected, assign, box_iou, distinct, instances_loss, overlap
 from kptllm_core.keypoints import SHOWN, KeypointSet
+from kptllm_core.passes import Passes
 from kptllm_core.predictor import Example, load_predictor
 from kptllm_core.support import usual_points
 from kptllm_core.synthetic import Category
@@ -175,13 +176,13 @@ def test_boxes_too_faint_to_be_shown_cost_no_points(monkeypatch: pytest.MonkeyPa
     support = [Example(*category.render(rng, 256))]
     image = np.concatenate([category.render(rng, 256)[0] for _ in range(2)], 1)
     crops: list[int] = []
-    really = predictor._points
+    really = Passes.points
 
-    def counted(images: Sequence[np.ndarray], *args: Any, **options: Any) -> list[KeypointSet]:
+    def counted(self: Passes, images: Sequence[np.ndarray], *args: Any, **options: Any) -> list[KeypointSet]:
         crops.append(len(images))
-        return really(images, *args, **options)
+        return really(self, images, *args, **options)
 
-    monkeypatch.setattr(predictor, "_points", counted)
+    monkeypatch.setattr(Passes, "points", counted)
     (every,) = predictor.predict_objects([image], category.schema, support, least=0.0)
     most = sum(crops)
     crops.clear()

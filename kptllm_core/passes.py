@@ -1,0 +1,175 @@
+"""Passes of one resident model: images and boxes in, points or boxes of objects out, in pixels of the original image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kptllm_core.claims import Taken
+from kptllm_core.decoder import Answer, Support, peak
+from kptllm_core.errors import InvalidInput
+from kptllm_core.geometry import Crop, clip_box, clip_to_image, crop_of_box, crop_of_image
+from kptllm_core.imaging import warp
+from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
+from kptllm_core.language import write_questions
+from kptllm_core.lexicon import lexicon
+from kptllm_core.model import Asked, KptLLM
+from kptllm_core.objective import RARE
+from kptllm_core.support import Example, Prepared, Prompt, margin_of, usable_box, usual_points, with_margin
+from kptllm_core.vision import Features, grid_positions
+
+BATCH = 8  # crops in one pass
+TELLING = 4  # points of an object from which on the others tell of one where it must be
+GONE = 20.0  # logits below a heatmap's least: nothing pulls a point there
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The model on crops of images, some at a time. Without gradients."""
+
+    model: KptLLM
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+    @property
+    def size(self) -> int:
+        """Side of the model's crops, pixels."""
+        return self.model.config.image_size
+
+    def crop(self, image: np.ndarray, box: np.ndarray | None) -> Crop:
+        """Of a box (x, y, w, h), or of the whole image."""
+        return crop_of_image(image.shape[1], image.shape[0], self.size) if box is None else crop_of_box(box, self.size)
+
+    def encode(self, images: Sequence[np.ndarray], crops: Sequence[Crop]) -> Features:
+        stack = np.stack([warp(i, c) for i, c in zip(images, crops, strict=True)])
+        return self.model.encode(torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.device))
+
+    @torch.inference_mode()
+    def prepare(self, schema: KeypointSchema, support: Sequence[Example]) -> Prepared:
+        """Encodes a support set. InvalidInput if nothing of the schema is labelled in it."""
+        points = [e.keypoints.reorder(schema.names) for e in support]
+        if not any(p.placed.any() for p in points):
+            raise InvalidInput("No support example has a labelled point of this schema. Label at least one.")
+        boxes = [usable_box(p, e.image) for p, e in zip(points, support, strict=True)]
+        images = [e.image for e in support]
+        tight = self._support(images, points, [self.crop(i, b) for i, b in zip(images, boxes, strict=True)])
+        whole = self._support(images, points, [self.crop(i, None) for i in images])
+        margins = [margin_of(p, b) for p, b in zip(points, boxes, strict=True) if p.placed.any()]
+        shares = [max(b[2], b[3]) / max(i.shape[:2]) for b, i in zip(boxes, images, strict=True)]
+        return Prepared(tight, whole, np.mean(margins, 0), float(np.median(shares)), usual_points(points))
+
+    @torch.inference_mode()
+    def points(self, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray | None], prompt: Prompt, order: list[int] | None = None,
+               fixed: Sequence[KeypointSet | None] | None = None, taken: Sequence[Taken] | None = None) -> list[KeypointSet]:  # fmt: skip
+        """The points of one object in each box (the whole image for None), moved onto the image, with that box or one around them.
+
+        order: indices of the points that are asked for; fewer than all do not correct each other. fixed: points that are given. taken:
+        places that are another object's.
+        """
+        crops = [self.crop(i, b) for i, b in zip(images, boxes, strict=True)]
+        shown = prompt.shown.tight if prompt.shown else None
+        sets: list[KeypointSet] = []
+        for start in range(0, len(images), BATCH):
+            part = slice(start, start + BATCH)
+            sets += self.points_of_crops(images[part], crops[part], prompt, shown, order, fixed and fixed[part], taken and taken[part])
+        return [self._finish(*item, prompt.margin) for item in zip(sets, boxes, images, strict=True)]
+
+    @torch.inference_mode()
+    def points_of_crops(self, images: Sequence[np.ndarray], crops: Sequence[Crop], prompt: Prompt, shown: Support | None,
+                        order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None,
+                        taken: Sequence[Taken] | None = None) -> list[KeypointSet]:  # fmt: skip
+        """One pass over some crops → points in image pixels. shown: the examples as they are compared with. The rest is as in `points`."""
+        model, batch = self.model, len(images)
+        features = self.encode(images, crops)
+        index = torch.tensor(range(len(prompt.schema)) if order is None else order, device=self.device)
+        names = [prompt.schema.names[int(i)] for i in index]
+        whole = self._whole(shown, batch, len(prompt.schema))
+        part = whole if order is None else whole.select(index)
+        asked = self._asked(names, prompt.named, part, shown is not None)
+        _, state = model.ask(features, whole, part.token, asked)
+        planes = model.correlate(features, part)
+        heat = model.locate(features, part, state, planes)
+        for row, claimed in enumerate(taken or ()):
+            self._leave(heat[row], claimed, crops[row])
+        if order is not None and len(order) < len(prompt.schema):
+            return [self._plain(names, heat[i], crops[i]) for i in range(batch)]
+        clicks = self._clicks(fixed, crops, names)
+        answer = model.refine(heat, planes, features, part, state, asked.valid, **clicks)
+        given = clicks["fixed"].cpu().numpy() if clicks else np.zeros((batch, len(names)), bool)
+        return [self.set_of(names, answer, i, crops[i], images[i], given[i]) for i in range(batch)]
+
+    @torch.inference_mode()
+    def detect(self, image: np.ndarray, crops: Sequence[Crop], prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
+        """Objects in crops of one image; returns what `finder.Detect` says."""
+        shown = prompt.shown.tight if prompt.shown else None
+        boxes, scores = [], []
+        for start in range(0, len(crops), BATCH):
+            part = crops[start : start + BATCH]
+            features = self.encode([image] * len(part), part)
+            whole = self._whole(shown, len(part), len(prompt.schema))
+            found = self.model.detect(features, whole, self._asked(prompt.schema.names, prompt.named, whole, shown is not None))
+            boxes.append(found.boxes.cpu().numpy())
+            scores.append(found.score.sigmoid().cpu().numpy())
+        return np.concatenate(boxes), np.concatenate(scores)
+
+    def set_of(self, names: Sequence[str], answer: Answer, row: int, crop: Crop, image: np.ndarray, given: np.ndarray) -> KeypointSet:
+        """A point that nobody placed and that the others expect beyond the image's border is absent, wherever something alike was found.
+        With fewer than three others there is no telling how the object is turned."""
+        xy = crop.to_image(answer.xy[row].cpu().numpy() * self.size)
+        seen = answer.visibility[row].float().cpu() - torch.tensor(RARE).log()  # what training counted twice counts once here
+        visibility = seen.argmax(-1).numpy() + 1
+        expected = crop.to_image(answer.anchor[row].cpu().numpy() * self.size)
+        beyond = ((expected < 0) | (expected > image.shape[1::-1])).any(1)
+        visibility[beyond & ~given & (len(names) >= TELLING)] = Visibility.ABSENT
+        return KeypointSet(tuple(names), xy, visibility, answer.confidence[row].sigmoid().cpu().numpy())
+
+    def _support(self, images: Sequence[np.ndarray], points: Sequence[KeypointSet], crops: Sequence[Crop]) -> Support:
+        features = self.encode(images, crops)
+        xy = np.stack([np.clip(c.to_crop(p.xy) / self.size, 0, 1) for c, p in zip(crops, points, strict=True)])
+        known = torch.from_numpy(np.stack([p.placed for p in points]))[None].to(self.device)
+        shots = [features.pick(slice(s, s + 1)) for s in range(len(images))]
+        return self.model.support(shots, torch.from_numpy(xy).float()[None].to(self.device), known)
+
+    def _whole(self, shown: Support | None, batch: int, count: int) -> Support:
+        return shown.repeat(batch) if shown is not None else self.model.no_support(batch, count, self.device)
+
+    def _asked(self, names: Sequence[str], named: bool, part: Support, shown: bool) -> Asked:
+        words = [lexicon().canonical(n) for n in names] if named else [None] * len(names)
+        questions = write_questions(self.tokenizer, words, [shown] * len(names))
+        asked = Asked.of(questions, len(part.known), self.device)
+        return asked._replace(prompted=asked.prompted & part.known)
+
+    def _leave(self, heat: Tensor, claimed: Taken, crop: Crop) -> None:
+        """Where other objects have a point, (K, H, W) heat is taken away."""
+        height, width = heat.shape[-2:]
+        cells = (grid_positions(height, width, heat.device) * self.size).view(height, width, 2)
+        for point, places in claimed.items():
+            for x, y, reach in places:
+                x, y = crop.to_crop(np.array([[x, y]]))[0]
+                near = (cells - torch.tensor([x, y], device=heat.device)).norm(dim=-1) < max(reach * crop.scale, self.size / width)
+                heat[point][near] = heat[point].min() - GONE
+
+    def _clicks(self, fixed: Sequence[KeypointSet | None] | None, crops: Sequence[Crop], names: list[str]) -> dict[str, Tensor]:
+        if fixed is None or all(f is None for f in fixed):
+            return {}
+        sets = [f.reorder(tuple(names)) if f is not None else None for f in fixed]
+        given = np.stack([s.placed if s is not None else np.zeros(len(names), bool) for s in sets])
+        xy = np.stack([c.to_crop(s.xy) / self.size if s is not None else np.zeros((len(names), 2)) for s, c in zip(sets, crops, strict=True)])
+        return {"fixed": torch.from_numpy(given).to(self.device), "fixed_xy": torch.from_numpy(xy).float().to(self.device)}
+
+    def _plain(self, names: list[str], heat: Tensor, crop: Crop) -> KeypointSet:
+        xy = crop.to_image(peak(heat[None])[0].cpu().numpy() * self.size)
+        sure = heat.flatten(1).softmax(-1).amax(-1).cpu().numpy()
+        return KeypointSet(tuple(names), xy, np.full(len(names), Visibility.VISIBLE), sure)
+
+    def _finish(self, points: KeypointSet, box: np.ndarray | None, image: np.ndarray, margin: np.ndarray) -> KeypointSet:
+        height, width = image.shape[:2]
+        xy = clip_to_image(points.xy, width, height)
+        if box is None and points.placed.any():
+            box = clip_box(with_margin(xy[points.placed], margin, 1.0), width, height)
+        return KeypointSet(points.names, xy, points.visibility, points.score, box)
