@@ -101,7 +101,7 @@ class Passes:
         clicks = self._clicks(fixed, crops, names)
         answer = model.refine(heat, planes, features, part, state, asked.valid, **clicks)
         given = clicks["fixed"].cpu().numpy() if clicks else np.zeros((batch, len(names)), bool)
-        return [self.set_of(names, answer, i, crops[i], images[i], given[i]) for i in range(batch)]
+        return [self.set_of(names, answer, i, crops[i], images[i], given[i], prompt.taught) for i in range(batch)]
 
     @torch.inference_mode()
     def detect(self, image: np.ndarray, crops: Sequence[Crop], prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
@@ -117,15 +117,19 @@ class Passes:
             scores.append(found.score.sigmoid().cpu().numpy())
         return np.concatenate(boxes), np.concatenate(scores)
 
-    def set_of(self, names: Sequence[str], answer: Answer, row: int, crop: Crop, image: np.ndarray, given: np.ndarray) -> KeypointSet:
+    def set_of(self, names: Sequence[str], answer: Answer, row: int, crop: Crop, image: np.ndarray, given: np.ndarray,
+               taught: bool = False) -> KeypointSet:  # fmt: skip
         """A point that nobody placed and that the others expect beyond the image's border is absent, wherever something alike was found.
-        With fewer than three others there is no telling how the object is turned."""
+        With fewer than three others there is no telling how the object is turned, and only a round teaches when such a point is absent."""
         xy = crop.to_image(answer.xy[row].cpu().numpy() * self.size)
         seen = answer.visibility[row].float().cpu() - torch.tensor(RARE).log()  # what training counted twice counts once here
+        few = len(names) < TELLING
+        if few and not taught:
+            seen[:, Visibility.ABSENT - 1] = -torch.inf
         visibility = seen.argmax(-1).numpy() + 1
         expected = crop.to_image(answer.anchor[row].cpu().numpy() * self.size)
         beyond = ((expected < 0) | (expected > image.shape[1::-1])).any(1)
-        visibility[beyond & ~given & (len(names) >= TELLING)] = Visibility.ABSENT
+        visibility[beyond & ~given & (not few)] = Visibility.ABSENT
         return KeypointSet(tuple(names), xy, visibility, answer.confidence[row].sigmoid().cpu().numpy())
 
     def _support(self, images: Sequence[np.ndarray], points: Sequence[KeypointSet], crops: Sequence[Crop]) -> Support:

@@ -214,3 +214,14 @@ def test_a_point_that_the_others_expect_beyond_the_border_is_absent(tiny_model: 
     assert points.visibility.tolist() == [Visibility.ABSENT, *[Visibility.VISIBLE] * 3]
     few = predictor.passes.set_of(names[:3], Answer(*(t[:, :3] for t in told)), 0, crop, image, np.zeros(3, bool))
     assert (few.visibility == Visibility.VISIBLE).all()
+
+
+@pytest.mark.parametrize(("count", "taught", "said"), [(3, False, Visibility.VISIBLE), (3, True, Visibility.ABSENT), (4, False, Visibility.ABSENT)])
+def test_whether_one_of_few_points_is_absent_only_a_round_teaches(tiny_model: str, count: int, taught: bool, said: Visibility) -> None:
+    predictor = load_predictor(tiny_model)
+    crop, image = similarity_crop(np.array([32.0, 32.0]), 64.0, predictor.size), np.zeros((64, 64, 3), np.uint8)
+    middle = torch.full((1, count, 2), 0.5)
+    states = torch.tensor([0.0, 1.0, 9.0]).expand(1, count, 3)
+    told = Answer(middle, torch.zeros(1, count, 4, 4), states, torch.zeros(1, count), middle, torch.ones(1, count))
+    points = predictor.passes.set_of(["nose", "tail", "ear", "paw"][:count], told, 0, crop, image, np.zeros(count, bool), taught)
+    assert (points.visibility == said).all()
