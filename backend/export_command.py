@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -84,7 +85,8 @@ def labelled_images(services: Services, project: int, config: LabelConfig, probl
             problems += [f"task {number}: {problem}" for problem in read[url][kind].problems]
         for url, kinds in read.items():
             path = _path(url)
-            names = (path.name, str(path), f"{number}-{path.name}")  # another image of that name: its folders, or its task, tell them apart
+            # another image of that name: its folders tell them apart, its task, or a number
+            names = chain((path.name, str(path), f"{number}-{path.name}"), (f"{number}-{i}-{path.name}" for i in count(2)))
             name = next(n for n in names if taken.setdefault(n, url) == url)
             yield LabelledImage(name, tuple(_things(kinds, controls)), size=sizes[url])
 

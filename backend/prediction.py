@@ -34,7 +34,7 @@ from label_config.schema import KeypointControl, LabelConfig
 
 log = logging.getLogger(__name__)
 CHUNK = 8  # tasks per request to the core
-FINDING = 2  # … where an image has many objects, which takes many passes
+FINDING = 1  # … where an image may have many objects, which takes seconds
 FETCHERS = 4  # images fetched at a time
 Json = dict[str, Any]
 Fetched = tuple[bytes, str | None]  # an image, and what it looks like

@@ -32,7 +32,7 @@ from label_config.schema import LabelConfig, parse
 log = logging.getLogger(__name__)
 AT_ONCE = 4  # images for which the core is asked in the shadow
 TRIES = 5  # after which a prediction that cannot be had at the moment is given up
-SECONDS = 20.0  # the longest that one such request may take
+SECONDS = 60.0  # the longest that they may take together; an image full of objects takes ten
 
 
 def begin(session: Session, row: Project, version: Version, previous: Version, images: int) -> None:

@@ -86,7 +86,7 @@ def growth(predictor: Predictor, sides: list[int], repeats: int) -> dict[int, di
         shown[:OBJECT, :OBJECT] = canvas
         support = [Example(shown, points)]
         seconds = fastest({"search": lambda image=image, support=support: predictor.find_objects(image, category.schema, support)}, repeats)  # type: ignore[misc]
-        windows = finder.windows(side, side, extent * finder.WINDOW, predictor.size)
+        windows = finder.windows(side, side, extent * finder.WINDOW, predictor.size) if finder.needs_windows(extent / side) else []
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         found[side] = {**seconds, "windows": len(windows) + 1, "MB": memory}
     return found
@@ -112,9 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sides", default="384,768,1536,3072", help="sides of growing images, pixels (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the fastest counts (default: %(default)s)")
     args = parser.parse_args(arguments)
+    sides = sorted(int(n) for n in args.sides.split(","))
+    if sides[0] < OBJECT:
+        parser.error(f"an image of {sides[0]} pixels does not hold an object of {OBJECT}; choose larger --sides")
     try:
         predictor = load_predictor(args.model, device=args.device)
-        large = growth(predictor, sorted(int(n) for n in args.sides.split(",")), args.repeats)  # first: memory is never given back
+        large = growth(predictor, sides, args.repeats)  # first: memory is never given back
         many = costs(predictor, [int(n) for n in args.objects.split(",")], args.repeats)
     except KptError as error:
         print(f"error: {error.message}", file=sys.stderr)

@@ -1,8 +1,9 @@
 """How likely is a box right that the model found? Fits `ModelConfig.sureness` of a checkpoint: the `calibrate` command.
 
-Rendered kinds that no training has seen: images that one object fills, and scenes of none to twelve, searched as serving does (only that
-boxes too faint to be shown take part when two objects claim a point), with examples and by names alone. Each half of the kinds tells how
-well the other half's fit holds. Only `config.json` changes; the weights, and what was trained on them, stay valid.
+Rendered kinds that no training has seen: images that one object fills, and scenes of none to twelve, searched as serving does, with
+examples and by names alone (only that boxes too faint to be shown are not left out: they take part when two objects claim a point, and in
+who leads whom). Each half of the kinds tells how well the other half's fit holds. Only `config.json` changes; the weights, and what was
+trained on them, stay valid.
 """
 
 from __future__ import annotations

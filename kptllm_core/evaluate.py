@@ -1,8 +1,9 @@
 """How good is a model? Runs the protocol over categories → report.json and a table: the `evaluate` command.
 
-Draws episodes (`protocol.py`, or those of a public data set: `published.py`), asks the Predictor exactly as serving does
-(`scoring.py`), sums up (`report.py`). The copy baseline stands beside every figure. The same episodes can be given to other
-baselines (`baselines.py`), and to the model with a part switched off (`ablation.py`).
+Draws episodes (`protocol.py`, or those of a public data set: `published.py`), asks the Predictor as serving does (`scoring.py`;
+for all objects of an image without leaving out what is too faint to be shown, since average precision reads the whole ranking),
+sums up (`report.py`). The copy baseline stands beside every figure. The same episodes can be given to other baselines
+(`baselines.py`), and to the model with a part switched off (`ablation.py`).
 """
 
 from __future__ import annotations

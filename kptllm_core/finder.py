@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kptllm_core.geometry import Crop, clip_box, crop_of_image, similarity_crop
-from kptllm_core.instances import distinct
+from kptllm_core.instances import MOST, distinct
 from kptllm_core.keypoints import SHOWN
 
 WINDOW = 2.4  # side of a search window, in sides of the support's objects
@@ -34,8 +34,9 @@ Detect = Callable[[Sequence[Crop]], tuple[np.ndarray, np.ndarray]]
 """Crops of one image → boxes (C, N, 4) left, top, right, bottom in 0…1 of each crop, and scores (C, N)."""
 
 
-def find(detect: Detect, width: int, height: int, share: float | None, size: int, least: float = SHOWN) -> Found:
-    """Boxes with a score of at least `least`.
+def find(detect: Detect, width: int, height: int, share: float | None, size: int, least: float = SHOWN,
+         most: int = MOST) -> Found:  # fmt: skip
+    """Up to `most` boxes with a score of at least `least`.
 
     share: of the support's objects in their images, longer sides, or None without support. size: side of the crops, pixels.
     """
@@ -56,7 +57,7 @@ def find(detect: Detect, width: int, height: int, share: float | None, size: int
         scores += sure[kept].tolist()
     found, sure = np.array(boxes, np.float64).reshape(-1, 4), np.array(scores)
     real = np.flatnonzero((found[:, 2:] > 1).all(1))
-    index = real[distinct(found[real], sure[real])] if len(real) else real
+    index = real[distinct(found[real], sure[real], most=most)] if len(real) else real
     return Found(found[index], sure[index])
 
 

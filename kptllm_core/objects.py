@@ -15,7 +15,7 @@ from kptllm_core import finder
 from kptllm_core.claims import claims, yielded
 from kptllm_core.finder import FAINT, Found, needs_windows
 from kptllm_core.geometry import clip_box
-from kptllm_core.instances import box_iou, distinct
+from kptllm_core.instances import MOST, box_iou, distinct
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.passes import BATCH, Passes
 from kptllm_core.support import Prompt, with_margin
@@ -26,6 +26,8 @@ SAME_SETTLED = 0.5  # the same, of boxes that lie where their points are
 SAME_LARGE = 0.3  # the same, of a rough box and the one found by an object's points in the whole image
 DRAWN = 2  # rank of an object that a person drew: it keeps the points that others claim; found ones have 1 if they are sure enough, else 0
 MAX_WINDOWS = 25  # in which one object alone is looked for
+SPARE = 3  # times as many boxes as objects are asked for may be looked at: some turn out to be the same object
+JUDGED = 8  # boxes whose points are looked at before those to come are judged by the surest of them: with four its rival was sometimes missing
 
 
 class Instance(NamedTuple):
@@ -38,7 +40,7 @@ class Instance(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Objects:
+class ImageObjects:
     """The objects of one image, (H, W, 3) uint8, that a prompt asks for."""
 
     passes: Passes
@@ -47,17 +49,18 @@ class Objects:
 
     @property
     def weights(self) -> Weights:
-        return self.passes.model.config.sureness[search_kind(self.prompt.shown.share if self.prompt.shown else None)]
+        return self.passes.model.config.sureness[search_kind(self.prompt.share)]
 
-    def search(self, least: float) -> Found:
-        """Boxes to which the head that finds them gives a score of at least `least`, the surest first."""
-        share = self.prompt.shown.share if self.prompt.shown else None
+    def search(self, least: float, most: int = MOST) -> Found:
+        """Up to `most` boxes to which the head that finds them gives a score of at least `least`, the surest first."""
         height, width = self.image.shape[:2]
-        return finder.find(partial(self.passes.detect, self.image, prompt=self.prompt.seeking), width, height, share, self.passes.size, least)
+        detect = partial(self.passes.detect, self.image, prompt=self.prompt.seeking)
+        return finder.find(detect, width, height, self.prompt.share, self.passes.size, least, most)
 
-    def find(self, least: float) -> Found:
-        """Boxes of all objects that may be as sure as `least`, each where its points are."""
-        return self._settled(self.search(max(least_seen(least, self.weights), FAINT)), least)
+    def find(self, least: float, most: int, drawn: int) -> Found:
+        """Boxes of objects that may be as sure as `least`, each where its points are: enough for `most` beside so many that a person drew."""
+        looked_at = min(SPARE * most, MOST) + drawn
+        return self._settled(self.search(max(least_seen(least, self.weights), FAINT), looked_at), least)
 
     def read(self, own: np.ndarray, found: Found, least: float, most: int) -> tuple[list[Instance], list[Instance]]:
         """Objects in boxes that a person drew, (N, 4), and in up to `most` others. A found box of a drawn object is that object: all that is
@@ -104,12 +107,13 @@ class Objects:
         return yielded([moved.get(i, points) for i, points in enumerate(sets)], rank)
 
     def _settled(self, found: Found, least: float) -> Found:
-        """Boxes moved to where the points in them say that the object is, each object once. Fainter ones than any that can be as sure as
-        `least` beside the surest are left out. Without support nobody knows how far an object reaches beyond its points, and the boxes stay.
+        """Boxes moved to where the points in them say that the object is, each object once. Those that are too faint to be as sure as `least`
+        beside the surest, by what this first look tells of it, are left out. Where points do not tell how far their object reaches, the
+        boxes stay.
 
         An object as large as its image is found best by its points in the whole image: that box stands for the one it overlaps.
         """
-        if not len(found.boxes) or self.prompt.shown is None:
+        if not len(found.boxes) or self.prompt.shown is None or not self.prompt.points_tell_boxes:
             return found
         sets = self._likely_points(found, least)
         boxes = np.stack([box if (around := self._around(s, 1.0)) is None else around for s, box in zip(sets, found.boxes, strict=False)])
@@ -117,7 +121,7 @@ class Objects:
         if rough is not None:
             same = box_iou(rough[None], boxes)[0]
             boxes[same.argmax()] = rough if same.max() > SAME_LARGE else boxes[same.argmax()]
-        index = distinct(boxes, found.score[: len(sets)], SAME_SETTLED)
+        index = distinct(boxes, found.score[: len(sets)], SAME_SETTLED, len(sets))
         return Found(boxes[index], found.score[index])
 
     def _likely_points(self, found: Found, least: float) -> list[KeypointSet]:
@@ -125,7 +129,7 @@ class Objects:
         sets: list[KeypointSet] = []
         surest = 0.0
         while len(sets) < len(found.boxes) and found.score[len(sets)] >= least_seen(least, self.weights, surest):
-            sets += self._points(found.boxes[len(sets) : len(sets) + BATCH], self.prompt.seeking)
+            sets += self._points(found.boxes[len(sets) : len(sets) + JUDGED], self.prompt.seeking)
             surest = max(float(s) * trust(p) for s, p in zip(found.score, sets, strict=False))
         return sets
 

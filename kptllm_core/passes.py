@@ -45,6 +45,7 @@ class Passes:
         """Of a box (x, y, w, h), or of the whole image."""
         return crop_of_image(image.shape[1], image.shape[0], self.size) if box is None else crop_of_box(box, self.size)
 
+    @torch.inference_mode()
     def encode(self, images: Sequence[np.ndarray], crops: Sequence[Crop]) -> Features:
         stack = np.stack([warp(i, c) for i, c in zip(images, crops, strict=True)])
         return self.model.encode(torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.device))
@@ -72,25 +73,25 @@ class Passes:
         places that are another object's.
         """
         crops = [self.crop(i, b) for i, b in zip(images, boxes, strict=True)]
-        shown = prompt.shown.tight if prompt.shown else None
+        support = prompt.shown.tight if prompt.shown else None
         sets: list[KeypointSet] = []
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
-            sets += self.points_of_crops(images[part], crops[part], prompt, shown, order, fixed and fixed[part], taken and taken[part])
+            sets += self.points_of_crops(images[part], crops[part], prompt, support, order, fixed and fixed[part], taken and taken[part])
         return [self._finish(*item, prompt.margin) for item in zip(sets, boxes, images, strict=True)]
 
     @torch.inference_mode()
-    def points_of_crops(self, images: Sequence[np.ndarray], crops: Sequence[Crop], prompt: Prompt, shown: Support | None,
+    def points_of_crops(self, images: Sequence[np.ndarray], crops: Sequence[Crop], prompt: Prompt, support: Support | None,
                         order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None,
                         taken: Sequence[Taken] | None = None) -> list[KeypointSet]:  # fmt: skip
-        """One pass over some crops → points in image pixels. shown: the examples as they are compared with. The rest is as in `points`."""
+        """One pass over some crops → points in image pixels. support: the examples as they are compared with. The rest is as in `points`."""
         model, batch = self.model, len(images)
         features = self.encode(images, crops)
         index = torch.tensor(range(len(prompt.schema)) if order is None else order, device=self.device)
         names = [prompt.schema.names[int(i)] for i in index]
-        whole = self._whole(shown, batch, len(prompt.schema))
+        whole = self._repeated(support, batch, len(prompt.schema))
         part = whole if order is None else whole.select(index)
-        asked = self._asked(names, prompt.named, part, shown is not None)
+        asked = self._asked(names, prompt.named, part, support is not None)
         _, state = model.ask(features, whole, part.token, asked)
         planes = model.correlate(features, part)
         heat = model.locate(features, part, state, planes)
@@ -106,19 +107,20 @@ class Passes:
     @torch.inference_mode()
     def detect(self, image: np.ndarray, crops: Sequence[Crop], prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
         """Objects in crops of one image; returns what `finder.Detect` says."""
-        shown = prompt.shown.tight if prompt.shown else None
+        support = prompt.shown.tight if prompt.shown else None
         boxes, scores = [], []
         for start in range(0, len(crops), BATCH):
             part = crops[start : start + BATCH]
             features = self.encode([image] * len(part), part)
-            whole = self._whole(shown, len(part), len(prompt.schema))
-            found = self.model.detect(features, whole, self._asked(prompt.schema.names, prompt.named, whole, shown is not None))
+            whole = self._repeated(support, len(part), len(prompt.schema))
+            asked = self._asked(prompt.schema.names, prompt.named, whole, support is not None)
+            found = self.model.detect(features, whole, asked)
             boxes.append(found.boxes.cpu().numpy())
             scores.append(found.score.sigmoid().cpu().numpy())
         return np.concatenate(boxes), np.concatenate(scores)
 
     def set_of(self, names: Sequence[str], answer: Answer, row: int, crop: Crop, image: np.ndarray, given: np.ndarray,
-               taught: bool = False) -> KeypointSet:  # fmt: skip
+               taught: bool) -> KeypointSet:  # fmt: skip
         """A point that nobody placed and that the others expect beyond the image's border is absent, wherever something alike was found.
         With fewer than three others there is no telling how the object is turned, and only a round teaches when such a point is absent."""
         xy = crop.to_image(answer.xy[row].cpu().numpy() * self.size)
@@ -139,12 +141,12 @@ class Passes:
         shots = [features.pick(slice(s, s + 1)) for s in range(len(images))]
         return self.model.support(shots, torch.from_numpy(xy).float()[None].to(self.device), known)
 
-    def _whole(self, shown: Support | None, batch: int, count: int) -> Support:
-        return shown.repeat(batch) if shown is not None else self.model.no_support(batch, count, self.device)
+    def _repeated(self, support: Support | None, batch: int, count: int) -> Support:
+        return support.repeat(batch) if support is not None else self.model.no_support(batch, count, self.device)
 
-    def _asked(self, names: Sequence[str], named: bool, part: Support, shown: bool) -> Asked:
+    def _asked(self, names: Sequence[str], named: bool, part: Support, prompted: bool) -> Asked:
         words = [lexicon().canonical(n) for n in names] if named else [None] * len(names)
-        questions = write_questions(self.tokenizer, words, [shown] * len(names))
+        questions = write_questions(self.tokenizer, words, [prompted] * len(names))
         asked = Asked.of(questions, len(part.known), self.device)
         return asked._replace(prompted=asked.prompted & part.known)
 

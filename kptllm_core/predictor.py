@@ -18,7 +18,7 @@ from kptllm_core.geometry import box_of_points
 from kptllm_core.instances import MOST
 from kptllm_core.keypoints import SHOWN, KeypointSchema, KeypointSet
 from kptllm_core.naming import choose_names, write_names
-from kptllm_core.objects import Instance, Objects
+from kptllm_core.objects import ImageObjects, Instance
 from kptllm_core.passes import Passes
 from kptllm_core.support import Example, Prepared, Prompt, support_key
 
@@ -93,7 +93,7 @@ class Predictor:
         check_boxes([b for b in boxes if b is not None])
         how = self._prompt(schema, support, prompt)
         order = None if asked is None else [schema.index(n) for n in asked]
-        found = [b if b is not None else Objects(self.passes, i, how).rough() for i, b in zip(images, boxes, strict=True)]
+        found = [b if b is not None else ImageObjects(self.passes, i, how).rough() for i, b in zip(images, boxes, strict=True)]
         return self.passes.points(images, found, how, order, fixed)
 
     def predict_objects(self, images: Sequence[np.ndarray], schema: KeypointSchema, support: Sequence[Example] = (),
@@ -111,16 +111,16 @@ class Predictor:
         how = self._prompt(schema, support, prompt)
         answers: list[list[Instance]] = []
         for image, own in zip(images, given, strict=True):
-            objects = Objects(self.passes, image, how)
-            found = objects.find(least) if find else Found(np.zeros((0, 4)), np.zeros(0))
+            objects = ImageObjects(self.passes, image, how)
+            found = objects.find(least, most, len(own)) if find else Found(np.zeros((0, 4)), np.zeros(0))
             drawn, others = objects.read(own, found, least, most)
             answers.append(drawn + sorted((i for i in others if i.score >= least), key=lambda i: -i.score))
         return answers
 
     def find_objects(self, image: np.ndarray, schema: KeypointSchema, support: Sequence[Example] = (), prompt: str = "auto",
-                     least: float = SHOWN) -> Found:  # fmt: skip
-        """Boxes of all objects of one image, the surest first, as the head that finds them says."""
-        return Objects(self.passes, image, self._prompt(schema, support, prompt)).search(least)
+                     least: float = SHOWN, most: int = MOST) -> Found:  # fmt: skip
+        """Boxes of up to `most` objects of one image, the surest first, as the head that finds them says."""
+        return ImageObjects(self.passes, image, self._prompt(schema, support, prompt)).search(least, most)
 
     @torch.inference_mode()
     def name_points(self, image: np.ndarray, xy: np.ndarray, box: np.ndarray | None = None,

@@ -12,6 +12,8 @@ from kptllm_core.decoder import Support
 from kptllm_core.geometry import box_of_points
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 
+FAR = 0.75  # of the extent of the points: a box that reaches further beyond them is hardly told by them
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
@@ -38,7 +40,7 @@ class Prepared:
     seldom out, does not stretch a box."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """What an image is asked for: the points of a schema, shown by examples, told by their names, or both."""
 
@@ -55,9 +57,19 @@ class Prompt:
         return replace(self, named=self.named and (self.shown is None or self.taught))
 
     @property
+    def share(self) -> float | None:
+        """As in `Prepared`; None without support."""
+        return self.shown.share if self.shown is not None else None
+
+    @property
     def margin(self) -> np.ndarray:
         """(4,) of a box around its points, as in `Prepared`."""
         return self.shown.margin if self.shown is not None else np.full(4, 0.1)
+
+    @property
+    def points_tell_boxes(self) -> bool:
+        """Whether the points of an object tell where its box is: one point does not, nor do eyes that lie close together in a large body."""
+        return self.shown is not None and len(self.schema) > 1 and bool((self.shown.margin <= FAR).all())
 
 
 def support_key(weights: str, schema: KeypointSchema, support: Sequence[Example]) -> str:

@@ -96,3 +96,17 @@ def test_a_box_that_two_kinds_share_is_one_object(here: World, tmp_path: Path, m
     assert export(here, tmp_path / "annotations.json", monkeypatch) == 0
     found = json.loads((tmp_path / "annotations.json").read_text())
     assert len(found["categories"]) == 2 and [a["num_keypoints"] for a in found["annotations"]] == [2]
+
+
+def test_two_images_of_a_task_may_have_one_name(here: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tells them apart stands in the query of their addresses."""
+    one = '<Image name="left" value="$left"/><KeyPointLabels name="left_kp" toName="left"><Label value="nose"/></KeyPointLabels>'
+    studio = label_studio_of(here, f"<View>{one}{one.replace('left', 'right')}</View>")
+    sides = ("left", "right")
+    tasks = studio.add(2)
+    for task in tasks:
+        studio.tasks[task]["data"] = {side: f"https://here/image?id={task}-{side}" for side in sides}
+        studio.annotate(task, [region("nose", 5, 5, to_name=side, from_name=f"{side}_kp") for side in sides])
+    assert export(here, tmp_path / "annotations.json", monkeypatch) == 0
+    names = [i["file_name"] for i in json.loads((tmp_path / "annotations.json").read_text())["images"]]
+    assert len(names) == len(set(names)) == 4

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from kptllm_core import objects
 from kptllm_core.claims import claims, yielded
 from kptllm_core.errors import DataError
 from kptllm_core.finder import MAX_WINDOWS, Found, find, windows
 from kptllm_core.geometry import Crop
 from kptllm_core.instances import Detected, assign, box_iou, distinct, instances_loss, overlap
-from kptllm_core.keypoints import SHOWN, KeypointSet
+from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from kptllm_core.passes import Passes
 from kptllm_core.predictor import Example, load_predictor
 from kptllm_core.support import usual_points
+from kptllm_core.sureness import least_seen
 from kptllm_core.synthetic import Category
 
 
@@ -183,14 +185,51 @@ def test_boxes_too_faint_to_be_shown_cost_no_points(monkeypatch: pytest.MonkeyPa
         return really(self, images, *args, **options)
 
     monkeypatch.setattr(Passes, "points", counted)
-    (every,) = predictor.predict_objects([image], category.schema, support, least=0.0)
-    most = sum(crops)
-    crops.clear()
     (shown,) = predictor.predict_objects([image], category.schema, support)
-    surest = [i for i in every if i.score >= SHOWN]
-    assert sum(crops) < most and len(shown) == len(surest) > 0
-    for one, other in zip(shown, surest, strict=True):
+    few = sum(crops)
+    crops.clear()
+    monkeypatch.setattr(objects, "least_seen", lambda least, weights, surest=0.0: least_seen(least, weights))  # as if nobody led
+    (every,) = predictor.predict_objects([image], category.schema, support)
+    assert few < sum(crops) and len(shown) == len(every) > 0
+    for one, other in zip(shown, every, strict=True):
         assert one.keypoints.box == pytest.approx(other.keypoints.box) and one.score == pytest.approx(other.score, abs=0.1)
+
+
+def test_one_point_does_not_tell_how_far_its_object_reaches() -> None:
+    predictor = load_predictor("nano")
+    category, rng = Category.sample(np.random.default_rng(7)), np.random.default_rng(8)
+    shown, points = category.render(rng, 256)
+    image, _ = category.render(rng, 256)
+    one = KeypointSchema(category.schema.names[:1])
+    example = Example(shown, KeypointSet(one.names, points.xy[:1], points.visibility[:1], box=points.box))
+    (found,) = predictor.predict_objects([image], one, [example], least=0.0)
+    assert found and all(min(i.keypoints.box[2:]) > 16 for i in found if i.keypoints.box is not None)
+    prompt = predictor._prompt(one, [example], "both")
+    assert not prompt.points_tell_boxes and predictor._prompt(category.schema, [Example(shown, points)], "both").points_tell_boxes
+    assert not predictor._prompt(category.schema, [], "text").points_tell_boxes
+
+
+def test_drawn_objects_do_not_use_up_what_may_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = load_predictor("nano")
+    category, rng = Category.sample(np.random.default_rng(3)), np.random.default_rng(4)
+    support, (image, truth) = [Example(*category.render(rng, 96))], category.render(rng, 96)
+    assert [len(predictor.find_objects(image, category.schema, support, least=0.0, most=most).boxes) for most in (2, 5)] == [2, 5]
+    looked_at: list[int] = []
+    monkeypatch.setattr(objects.finder, "find", lambda *args: looked_at.append(args[-1]) or Found(np.zeros((0, 4)), np.zeros(0)))
+    for drawn, most in ((0, 100), (2, 100), (2, 1)):
+        (found,) = predictor.predict_objects([image], category.schema, support, [np.repeat(np.asarray(truth.box)[None], drawn, 0)], most=most)
+        assert len(found) == drawn
+    assert looked_at == [100, 102, 5]
+
+
+def test_a_whole_image_is_asked_by_names_alone() -> None:
+    predictor = load_predictor("nano")
+    category = Category.sample(np.random.default_rng(3))
+    image, _ = category.render(np.random.default_rng(4), 96)
+    (found,) = predictor.predict_objects([image], category.schema, least=0.0, most=5)
+    assert len(found) == 5 and [i.score for i in found] == sorted((i.score for i in found), reverse=True)
+    assert predictor.predict_objects([np.full((96, 96, 3), 128, np.uint8)], category.schema, least=0.9) == [[]]
+    assert predictor.predict_objects([], category.schema) == []
 
 
 def test_names_help_to_find_objects_only_once_a_round_has_taught_them() -> None:
@@ -202,7 +241,9 @@ def test_names_help_to_find_objects_only_once_a_round_has_taught_them() -> None:
         return predictor.find_objects(image, category.schema, support, prompt, least=0.0).score
 
     assert np.array_equal(scores("both"), scores("visual"))
+    assert not predictor._prompt(category.schema, support, "both").taught
     predictor.adapter = "taught"
+    assert predictor._prompt(category.schema, support, "both").taught
     assert not np.array_equal(scores("both"), scores("visual"))
 
 

@@ -210,9 +210,9 @@ def test_a_point_that_the_others_expect_beyond_the_border_is_absent(tiny_model: 
     expected = torch.tensor([[[-0.1, 0.5], [0.5, 1.1], [0.5, 0.5], [0.2, 0.2]]])
     told = Answer(torch.full((1, 4, 2), 0.5), torch.zeros(1, 4, 4, 4), torch.tensor([0.0, 9.0, 0.0]).expand(1, 4, 3),
                   torch.zeros(1, 4), expected, torch.ones(1, 4))  # fmt: skip
-    points = predictor.passes.set_of(names, told, 0, crop, image, np.array([False, True, False, False]))
+    points = predictor.passes.set_of(names, told, 0, crop, image, np.array([False, True, False, False]), True)
     assert points.visibility.tolist() == [Visibility.ABSENT, *[Visibility.VISIBLE] * 3]
-    few = predictor.passes.set_of(names[:3], Answer(*(t[:, :3] for t in told)), 0, crop, image, np.zeros(3, bool))
+    few = predictor.passes.set_of(names[:3], Answer(*(t[:, :3] for t in told)), 0, crop, image, np.zeros(3, bool), True)
     assert (few.visibility == Visibility.VISIBLE).all()
 
 
