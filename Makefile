@@ -1,7 +1,7 @@
 # The commands of this repository. Each one sets up what it needs; nothing has to be typed before it.
 #
 #   make demo        Label Studio + backend + core on this machine, with sample images, until Ctrl-C
-#   make demo IMAGES=folder [LABELS=annotations.json] [CONFIG=config.xml]      the same with your own images
+#   make demo IMAGES=folder [NAMES=nose,left_eye | LABELS=annotations.json | CONFIG=config.xml]   the same with your own images
 #   make demo ONCE=1 the whole tour by itself: label, predict, correct, train, decide, predict again
 #   make test        every test but the long ones;  make test-slow  the long ones;  make lint  ruff and mypy
 #   make test-loop   of the long tests those of the correction loop and of several objects, which continuous integration runs, too
@@ -9,7 +9,7 @@
 #   make nano        trains the shipped model's recipe from nothing on KEYPOINTS; make nano-research on all sets there
 #   make card        measures the shipped model on KEYPOINTS (real sets, not part of this repository) into its model card
 #   make rounds      what a LoRA round is worth there;  ABLATE=benchmarks/recipes.json  compares recipes on two sets
-#   make clean       removes what the tools made (caches, demo data);  make distclean  the environments too
+#   make clean       removes what the tools made (caches, the tour's data), nothing that you labelled or trained;  make distclean  the environments too
 #
 # LABEL_STUDIO_BIN=/path/to/label-studio   uses a Label Studio 1.23.2 that is already installed
 
@@ -57,6 +57,7 @@ $(LS_VENV)/.ready: requirements/label-studio.txt requirements/label-studio-lock.
 # `exec`: Ctrl-C reaches the demo itself, which then stops everything that it started.
 demo: setup
 	@exec $(RUN) -m backend.demo $(if $(IMAGES),--images "$(IMAGES)") $(if $(LABELS),--labels "$(LABELS)") \
+		$(if $(NAMES),--names "$(NAMES)") \
 		$(if $(CONFIG),--config "$(CONFIG)") $(if $(filter-out 0,$(ONCE)),--once) $(DEMO_ARGS)
 
 test: setup
@@ -111,7 +112,7 @@ rounds: $(VENV)/.ready
 		$(foreach n,$(ROUND_LABELS),--labels $(n)) $(if $(ABLATE),--ablate $(ABLATE)) $(ARGS)
 
 clean:
-	rm -rf .data .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .data/tour .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path "./$(VENV)/*" -not -path "./.labelstudio/*" -prune -exec rm -rf {} +
 
 distclean: clean

@@ -255,8 +255,9 @@ def _answers(url: str) -> bool:
 
 
 def _die_with(parent: int) -> None:
-    """In the child, before it becomes its program: the kernel kills it when its parent ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """In the child, before it becomes its program: the kernel kills it when its parent ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it ended meanwhile
 

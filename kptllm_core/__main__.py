@@ -48,7 +48,7 @@ keypoint_scores, bbox. v is 2 visible, 1 hidden, 3 absent. An unreadable image h
   # what the training is worth; what layout alone cannot do
   python -m kptllm_core evaluate --untrained --data horses
   python -m kptllm_core evaluate --rotate --data horses
-  # naming given points, in the tenth of all groups that pretraining never sees
+  # naming given points, in the tenth of all groups that pretraining leaves out
   python -m kptllm_core evaluate --task name --part heldout --data faces --data hands
   # the same episodes for plain matching of features, SIFT, or patches, instead of the model
   python -m kptllm_core evaluate --baseline correlation --data horses

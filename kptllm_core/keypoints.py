@@ -6,6 +6,7 @@ numpy only: the backend and label_config import this module without loading torc
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -90,7 +91,7 @@ class KeypointSchema:
             raise SchemaError(f"The schema cannot be read: {error}.") from None
 
 
-def symmetric_pairs(names: tuple[str, ...] | list[str]) -> tuple[tuple[int, int], ...]:
+def symmetric_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """Left/right pairs read from the names alone: `left_eye`/`right_eye`, `EyeL`/`EyeR`, `eye (left)`/`eye (right)`."""
     words = [_words(name) for name in names]
     found: dict[tuple[str, ...], int] = {tuple(w): i for i, w in enumerate(words)}

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from backend.demo.__main__ import _options as options_of
 from backend.demo.measure import pck
 from backend.demo.project import corrected
 from backend.demo.samples import Material, Picture, choose, from_folder, rendered
@@ -72,6 +73,19 @@ def test_without_labels_and_config_a_template_serves(material: Material) -> None
     found = from_folder(material.pictures[0].path.parent, None, None)
     assert not found.labelled
     assert len(found.control.schema) > 0
+
+
+def test_names_alone_make_a_config(material: Material) -> None:
+    found = from_folder(material.pictures[0].path.parent, None, None, ["head", "left_wing", "right_wing"])
+    assert not found.labelled and found.control.schema.names == ("head", "left_wing", "right_wing")
+    assert found.control.schema.symmetric == ((1, 2),)
+
+
+@pytest.mark.parametrize("more", [(), ("--images", "here", "--config", "a.xml"), ("--images", "here", "--labels", "a.json")])
+def test_names_go_with_images_alone(more: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options_of(["--names", "head,tail", *more])
+    assert "--names goes with --images" in capsys.readouterr().err
 
 
 def test_what_cannot_be_used_is_told_in_words(material: Material, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m backend.demo", description="Label Studio, backend and core on this machine.")
     parser.add_argument("--images", type=Path, help="folder with your own images (default: rendered insects)")
     parser.add_argument("--labels", type=Path, help="COCO keypoints of some or all of these images")
+    parser.add_argument("--names", help="names of the points, separated by commas, instead of labels or a config")
     parser.add_argument("--config", type=Path, help="label config (XML); default: made from the labels, else a template")
     parser.add_argument("--once", action="store_true", help="do the whole tour and end; the last line is JSON")
     parser.add_argument("--model", default="nano", help="preset or checkpoint folder (default: nano)")
@@ -70,12 +71,15 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options.folder = (options.folder or services.ROOT / ".data" / ("tour" if options.once else "demo")).resolve()
     if options.labels and not options.images:
         parser.error("--labels needs --images: the folder with the images that it describes")
+    options.names = [name.strip() for name in (options.names or "").split(",") if name.strip()]
+    if options.names and (options.labels or options.config or not options.images):
+        parser.error("--names goes with --images, and without --labels and --config, which name the points themselves")
     return options
 
 
 def _material(options: argparse.Namespace) -> Material:
     if options.images:
-        return from_folder(options.images, options.labels, options.config)
+        return from_folder(options.images, options.labels, options.config, options.names)
     return rendered(options.folder / "samples", RENDERED, seed=2026)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from kptllm_core.dataset import Sample, load_coco
 from kptllm_core.errors import DataError
 from kptllm_core.imaging import image_size
-from kptllm_core.keypoints import KeypointSchema, KeypointSet
+from kptllm_core.keypoints import KeypointSchema, KeypointSet, symmetric_pairs
 from label_config import load_template
 from label_config.schema import KeypointControl, parse
 from label_config.writer import config_of
@@ -65,8 +65,9 @@ def rendered(folder: Path, count: int, seed: int) -> Material:
     return from_folder(folder / "images", folder / "annotations.json", None)
 
 
-def from_folder(images: Path, labels: Path | None, config: Path | None) -> Material:
-    """The user's own images. Labels give truth and, without a config, the names; with neither a template serves.
+def from_folder(images: Path, labels: Path | None, config: Path | None, names: Sequence[str] = ()) -> Material:
+    """The user's own images. Labels give truth and, without a config, the names of the points, unless these are given; with none of
+    them a template serves.
 
     Raises DataError or SchemaError with what was found and what is expected.
     """
@@ -78,6 +79,8 @@ def from_folder(images: Path, labels: Path | None, config: Path | None) -> Mater
     samples = _samples(labels, images) if labels else []
     if config:
         xml = config.read_text(encoding="utf-8")
+    elif names:
+        xml = config_of(KeypointSchema(tuple(names), symmetric=symmetric_pairs(names)))
     else:
         xml = config_of(samples[0].schema) if samples else load_template(FALLBACK)
     schema = parse(xml).controls[0].schema
