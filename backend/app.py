@@ -276,8 +276,15 @@ def _basic_auth_fits(settings: Settings) -> bool:
 def _refuse_foreign_pages() -> None:
     """A browser sends along its login also when another site's page makes it post here."""
     origin = request.headers.get("Origin")
-    if request.method == "POST" and origin is not None and urlsplit(origin).netloc != request.host:
+    if request.method == "POST" and origin is not None and not _same_host(origin):
         raise Unauthorized(f"A page of {origin[:100]} may not post here.")
+
+
+def _same_host(origin: str) -> bool:
+    try:
+        return urlsplit(origin).netloc == request.host
+    except ValueError:  # no address at all
+        return False
 
 
 def _body() -> dict[str, Any]:
@@ -306,7 +313,7 @@ def strict_json(data: bytes) -> dict[str, Any]:
         return value
 
     try:
-        value = json.loads(data, parse_constant=no_constant, parse_int=whole, parse_float=number)
+        value = json.loads(data.decode(), parse_constant=no_constant, parse_int=whole, parse_float=number)
         if b"\\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()
         if not isinstance(value, dict):

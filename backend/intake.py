@@ -100,11 +100,15 @@ def task_row(project: str, body: dict[str, Any], config: LabelConfig | None) -> 
 
 
 def annotation_row(project: str, body: dict[str, Any], task: int, config: LabelConfig | None) -> Annotation:
-    """An annotation as a webhook or the API describes it; `result` is kept as it came. InvalidInput if it is none."""
-    result = body.get("result")
+    """An annotation as a webhook or the API describes it; `result` is kept as it came. InvalidInput if it is none.
+
+    Label Studio also stores annotations without any result (null), which a program may have made: they do not count.
+    """
+    result, why_not = body.get("result"), _why_not(body)
+    if result is None:
+        result, why_not = [], why_not or "it has no result"
     if not isinstance(result, list):
         raise InvalidInput(f"An annotation's result is {_short(result)}; expected a list of regions.")
-    why_not = _why_not(body)
     regions = [r for r in result if isinstance(r, dict)]
     labels = _labels(regions)
     ground_truth = body.get("ground_truth") is True

@@ -254,7 +254,7 @@ def _page(control: KeypointControl, new: Json, others: Sequence[Json], task: Jso
         click = {"is_positive": True} if was.get("is_positive") and _at(was) == _at(region) else {}
         page[_key(region)] = region | click
     page.pop(_key(new), None)
-    return page, sure
+    return {k: r for k, r in page.items() if r.get("id")}, sure  # what a program made without ids cannot be told apart, nor moved
 
 
 def _sources(task: Json) -> list[list[Json]]:

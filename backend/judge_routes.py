@@ -17,7 +17,7 @@ from __future__ import annotations
 from flask import Blueprint, Response, jsonify, request
 
 from backend import compare, current, serving, status
-from backend.intake import project_of
+from backend.intake import id_of, project_of
 from backend.pictures import LONGEST, task_picture
 from backend.prequential import report
 from kptllm_core.errors import InvalidInput
@@ -50,7 +50,7 @@ def ask_for_both(project: str | None = None) -> tuple[Response, int]:
 @judging.get("/tasks/<int:task>/image")
 def picture(task: int, project: str | None = None) -> Response:
     side = _whole("side", LONGEST)
-    data = task_picture(current.services(), _project(project), task, request.args.get("control") or None, side)
+    data = task_picture(current.services(), _project(project), id_of(task, "task"), request.args.get("control") or None, side)
     return Response(data, mimetype="image/jpeg")
 
 

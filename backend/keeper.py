@@ -80,7 +80,7 @@ class Keeper:
     def _hands(self) -> None:
         while not self._stop.is_set():
             if self._holds.wait(timeout=1.0) and not self._stop.is_set():
-                self.tick()
+                self._try("the keeper's turn", self.tick)
             self._stop.wait(TICK_SECONDS)
 
     def _post_office(self) -> None:
@@ -93,8 +93,16 @@ class Keeper:
 
     def _backstage(self) -> None:
         """Predictions that nobody sees; a slow core holds up nothing else here."""
+        made = False
+
+        def work() -> None:
+            nonlocal made
+            made = self.rehearse()
+
         while not self._stop.is_set():
-            made = self._holds.wait(timeout=1.0) and not self._stop.is_set() and self.rehearse()
+            made = False
+            if self._holds.wait(timeout=1.0) and not self._stop.is_set():
+                self._try("predictions in the shadow", work)
             self._stop.wait(0.1 if made else TICK_SECONDS)
 
     # ------------------------------------------------------------ the work

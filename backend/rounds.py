@@ -229,7 +229,11 @@ class Rounds:
         assert job.snapshot is not None
         try:
             answer = self.services.core.start_round(job.snapshot, lambda sha: image_bytes(self.services, job.project, sha))
-        except Conflict:
+        except Conflict as error:
+            if error.details.get("code") == "missing_images":  # sent, and forgotten again for those sent later
+                count = len({item["image"] for part in ("train", "heldout") for item in job.snapshot[part]})
+                raise InvalidInput(f"The {count} images of this round do not fit the core's image store. Give it more room "
+                                   "(CORE_IMAGE_BYTES; of a core that runs elsewhere --images-gb), and start again.") from None  # fmt: skip
             # Another round of that name: this journal is younger than the core's data. Take the next free number.
             taken = [str(a.get("name", "")).rpartition("+r") for a in self.services.core.adapters()]
             prefix = str(job.snapshot["name"]).rpartition("+r")[0]

@@ -343,6 +343,13 @@ class Settings:
         default=50_000_000,
         metadata=_about(_bytes(1_000, 2 * 10**9), "Largest image file that is fetched, in bytes (`50MB` works)."),
     )
+    core_image_bytes: int = field(
+        default=10_000_000_000,
+        metadata=_about(
+            _bytes(1_000_000, 10**15),
+            "Disk space for the images of the core that `python -m backend` starts (`50GB` works). All images of a round must fit.",
+        ),
+    )
     image_cache_bytes: int = field(
         default=2_000_000_000,
         metadata=_about(

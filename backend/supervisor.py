@@ -67,7 +67,8 @@ def children(settings: Settings, environment: Mapping[str, str]) -> list[Child]:
         )
         data = environment.get("KPTLLM_DATA") or str(beside)
         command = [sys.executable, "-m", "kptllm_core", "serve", "--model", settings.model, "--device", settings.device,
-                   "--host", "127.0.0.1", "--port", str(settings.core_port), "--data", data]  # fmt: skip
+                   "--host", "127.0.0.1", "--port", str(settings.core_port), "--data", data,
+                   "--images-gb", f"{settings.core_image_bytes / 1e9:g}"]  # fmt: skip
         public = {name: value for name, value in environment.items() if name not in NOT_FOR_THE_CORE}
         found.append(Child("core", command, public, f"{settings.core_address}/health"))
     host = f"[{settings.host}]" if ":" in settings.host else settings.host

@@ -18,7 +18,7 @@ from backend.intake import annotation_row, id_of, task_row, updated_us
 from backend.services import Services
 from backend.shown import note_shown
 from backend.tables import Annotation
-from kptllm_core.errors import InvalidInput, NotFound, SchemaError
+from kptllm_core.errors import InvalidInput, KptError, NotFound, SchemaError
 from label_config.schema import parse
 
 log = logging.getLogger(__name__)
@@ -46,14 +46,16 @@ def sweep(services: Services, project: str) -> int:
     batch: list[dict[str, Any]] = []
 
     def store() -> int:
-        rows = [
-            annotation_row(project, a, int(t["id"]), config)
-            for t in batch
-            for a in t.get("annotations") or []
-            if isinstance(a, dict)
-        ]
+        rows, there = [], set()
+        for t in batch:
+            for annotation in t.get("annotations") or []:
+                try:
+                    there.add(id_of(annotation["id"], "annotation's id"))
+                    rows.append(annotation_row(project, annotation, int(t["id"]), config))
+                except (InvalidInput, KeyError, TypeError) as error:
+                    log.warning("project %s, task %s: an annotation is left out: %s", project, t["id"], error)
         new = journal.record(project, [task_row(project, t, config) for t in batch], rows, config, seen=True)
-        return new + _bury(services, project, {int(t["id"]) for t in batch}, {r.annotation for r in rows}, begun)
+        return new + _bury(services, project, {int(t["id"]) for t in batch}, there, begun)
 
     for task in label_studio.tasks(number, annotated=everything, updated_after=None if everything else since):
         newest = max(newest, updated_us(task.get("updated_at")))
@@ -96,11 +98,22 @@ def _bury(
 
 
 def sweep_all(services: Services, projects: list[str]) -> None:
-    """Sweep these projects; one that Label Studio does not have, or whose config has no keypoints, leaves the others alone."""
+    """Sweep these projects. The trouble of one leaves the others alone: one that Label Studio does not have, or whose config has no keypoints,
+    is told in the log; any other trouble is raised in the end, or at once when it is the second in a row, which Label Studio itself has."""
+    trouble: KptError | None = None  # of the project before
+    failed: KptError | None = None
     for project in projects:
+        before, trouble = trouble, None
         try:
             if project.isdigit():
                 sweep(services, project)
         except (NotFound, SchemaError, InvalidInput) as error:
             log.info("project %s cannot be swept: %s", project, error.message)
+        except KptError as error:
+            if before is not None:
+                raise
+            trouble = failed = error
+            continue
         services.journal.swept(project)
+    if failed is not None:
+        raise failed

@@ -100,7 +100,7 @@ class JobQueue:
                 self.images.pin(job.images())
                 if job.state == "running":
                     log.info("Round %s was interrupted; it goes on.", job.name)
-                    self._set(job, "queued")
+                    job.state = "queued"  # not noted: a full disk must not keep the core from serving, and it would be read so again
 
     def start(self) -> None:
         self._thread.start()

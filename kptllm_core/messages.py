@@ -185,7 +185,7 @@ def parse_json(data: bytes) -> Any:
         raise ValueError(f"{constant} is no JSON number")
 
     try:
-        value = json.loads(data, parse_constant=refuse)
+        value = json.loads(data.decode(), parse_constant=refuse)
         if b"\\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()
         return value

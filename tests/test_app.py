@@ -24,6 +24,7 @@ from backend.app import strict_json
 from backend.core_watch import KEPT_SECONDS
 from backend_world import CONFIG, World, world
 from kptllm_core.errors import InvalidInput, Unavailable
+from kptllm_core.messages import parse_json
 
 CANARY = "canary-7f3a9c"
 
@@ -252,6 +253,20 @@ def test_strict_json_takes_what_is_json() -> None:
         strict_json(b"1")
 
 
+def test_half_a_character_is_no_json() -> None:
+    for data in (b'{"a": "\\ud800"}', b'{"a": "\xed\xa0\x80"}'):
+        with pytest.raises(InvalidInput):
+            strict_json(data)
+        with pytest.raises(InvalidInput):
+            parse_json(data)
+
+
+def test_a_task_number_beyond_all_is_refused_in_words(here: World) -> None:
+    here.setup()
+    answer = here.client.get("/projects/1/tasks/99999999999999999999/image")
+    assert answer.status_code == 400 and "2^63" in answer.get_json()["error"]["message"]
+
+
 # ---------------------------------------------------------------- admission
 
 
@@ -306,6 +321,7 @@ def test_another_sites_page_cannot_post_with_a_persons_login(here: World) -> Non
     here.label(1)
     path = f"/projects/1/versions/{here.status()['model_version']}/activate"
     assert here.client.post(path, headers={"Origin": "http://evil.example"}).status_code == 401
+    assert here.client.post(path, headers={"Origin": "http://["}).status_code == 401
     assert here.client.post(path, headers={"Origin": "http://localhost"}).status_code == 200
 
 

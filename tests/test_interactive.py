@@ -178,6 +178,12 @@ def test_a_click_is_about_the_object_whose_box_holds_it(here: World, calls: list
     assert by_label(answer)["nose"]["id"] == "nose"
 
 
+def test_a_box_that_a_program_made_without_an_id_is_passed_over(here: World) -> None:
+    nameless = {k: v for k, v in rectangle(10, 10, 40, 40).items() if k != "id"}
+    answer = draw(here, click("nose", 20, 20), config=WITH_BOX, annotations=[{"id": 1, "result": [nameless]}])
+    assert by_label(answer)["nose"]["value"]["x"] == pytest.approx(20)
+
+
 def test_in_several_boxes_a_click_corrects_the_nearest_such_point(here: World, calls: list[dict[str, Any]]) -> None:
     over = (rectangle(0, 0, 90, 90, id="big"), rectangle(10, 10, 80, 80, id="small"))
     noses = [{**point("nose", 30, 30, parentID="big"), "id": "a"}, {**point("nose", 80, 80, parentID="small"), "id": "b"}]

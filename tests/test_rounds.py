@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from backend import split
+from backend import keeper, split
+from backend import sweep as sweeping
 from backend.judges import decide
 from backend.lease import JournalLease
 from backend.snapshot import merged_schema
@@ -351,6 +353,38 @@ def test_the_keepers_threads_do_the_work_by_themselves(here: World) -> None:
     assert here.status()["job"]["promoted"] is True
 
 
+def test_the_keepers_threads_outlive_a_journal_that_is_gone_for_a_moment(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper, "PAUSE_SECONDS", 0.1)
+    really, failures = here.services.journal.reading, 0
+
+    def reading() -> Any:
+        nonlocal failures
+        if threading.current_thread().name in ("keeper-_hands", "keeper-_backstage") and failures < 6:
+            failures += 1
+            raise Unavailable("The journal cannot be read.")
+        return really()
+
+    monkeypatch.setattr(here.services.journal, "reading", reading)
+    here.label(*range(1, 13))
+    here.webhook("START_TRAINING")
+    here.keeper.start()
+    deadline = time.monotonic() + 30
+    while here.status()["job"]["state"] != "done" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    alive = [thread.is_alive() for thread in here.keeper._threads]
+    here.keeper.stop()
+    assert failures == 6 and alive == [True] * 4 and here.status()["job"]["promoted"] is True
+
+
+def test_a_round_whose_images_do_not_fit_the_core_ends_in_words(here: World) -> None:
+    here.label(*range(1, 13))
+    here.core.images.max_bytes = 200
+    here.webhook("START_TRAINING")
+    here.tick_until(lambda: here.status()["job"]["state"] in ("failed", "done"))
+    job = here.status()["job"]
+    assert job["state"] == "failed" and "CORE_IMAGE_BYTES" in job["message"]
+
+
 # ---------------------------------------------------------------- Label Studio
 
 
@@ -401,6 +435,39 @@ def test_a_sweep_asks_for_changes_only_and_sees_deletions(tmp_path: Path) -> Non
         here.services.journal.set_fact("sweep:1", here.services.journal.fact("sweep:1") | {"all_at": 0.0})
         assert sweep(here.services, "1") == 1
         assert here.status()["labelled"] == 1
+
+
+def test_an_annotation_without_a_result_keeps_no_sweep_from_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Label Studio keeps what a program posts: `result` may be null there."""
+    with with_token(tmp_path) as here:
+        tasks = stored(here, 1, 2, 3)
+        tasks[0]["annotations"] = [here.annotation(1) | {"id": 91, "result": None}]
+        tasks[1]["annotations"].append(here.annotation(2) | {"id": 92, "result": "none"})
+        here.serve_api(tasks)
+        here.setup()
+        assert sweep(here.services, "1") == 3
+        assert here.status()["labelled"] == 2
+        assert "task 2: an annotation is left out" in caplog.text
+
+
+def test_the_trouble_of_one_project_leaves_the_others_their_sweep(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    swept: list[str] = []
+
+    def sweep_one(services: Any, project: str) -> int:
+        if project in failing:
+            raise Unavailable(f"project {project} does not answer")
+        swept.append(project)
+        return 0
+
+    monkeypatch.setattr(sweeping, "sweep", sweep_one)
+    failing = {"1"}
+    with pytest.raises(Unavailable, match="project 1"):
+        sweeping.sweep_all(here.services, ["1", "2", "3"])
+    assert swept == ["2", "3"]
+    failing, swept[:] = {"2", "3"}, []
+    with pytest.raises(Unavailable, match="project 3"):  # the second in a row: it is Label Studio itself
+        sweeping.sweep_all(here.services, ["1", "2", "3", "4"])
+    assert swept == ["1"]
 
 
 def test_an_event_without_content_makes_the_sweep_come_soon(tmp_path: Path) -> None:
