@@ -334,9 +334,10 @@ def _keep_annotation(session: Session, row: Annotation, seen: bool) -> bool:
     """Add a state unless it is known, and mark the newest one. True if it was new. seen: see Journal.record."""
     states = _states(row.project, row.annotation)
     same = (Annotation.updated_us == row.updated_us, Annotation.result_hash == row.result_hash)
-    if session.scalar(select(Annotation.id).where(*states, *same)) is not None:
-        return False
+    known = session.scalar(select(Annotation).where(*states, *same))
     newest = session.scalar(select(Annotation).where(*states, Annotation.current))
+    if known is not None:
+        return seen and _seen_again(known, newest, row.task)
     copy = {c.key: getattr(row, c.key) for c in Annotation.__table__.columns if c.key not in ("id", "received_at")}
     late = newest is not None and (
         newest.updated_us > row.updated_us or (newest.deleted and (not seen or newest.updated_us == row.updated_us))
@@ -345,6 +346,23 @@ def _keep_annotation(session: Session, row: Annotation, seen: bool) -> bool:
         newest.current = False
     session.add(Annotation(**{**copy, "current": not late}))
     session.flush()
+    return True
+
+
+def _seen_again(known: Annotation, newest: Annotation | None, task: int) -> bool:
+    """Label Studio's API shows a state that the journal has. True if that changes something.
+
+    *Remove Duplicated Tasks* moves annotations to another task, without a new updated_at, and deletes theirs: then they are there, not
+    deleted. And a webhook may have brought the state that a tombstone hid until the API showed it, too.
+    """
+    moved = known.task != task
+    if newest is not None and newest is not known:
+        if not newest.deleted or not (moved or newest.updated_us < known.updated_us):
+            return False
+        newest.current, known.current = False, True
+    elif not moved:
+        return False
+    known.task = task
     return True
 
 

@@ -103,6 +103,32 @@ def test_what_the_api_shows_lifts_a_tombstone_when_it_is_newer(journal: Journal)
     assert not current(journal)[1001].deleted
 
 
+def test_a_correction_that_came_behind_a_tombstone_counts_once_the_api_shows_it(journal: Journal) -> None:
+    config = parse(CONFIG)
+    record(journal, (1, body(1, second=1)))
+    journal.delete_annotations("1", [1001])
+    assert record(journal, (1, body(1, second=5))) == 1  # a webhook: it may be a late one
+    assert current(journal)[1001].deleted
+    for new in (1, 0):
+        assert journal.record("1", [], [annotation_row("1", body(1, second=5), 1, config)], config, seen=True) == new
+    assert not current(journal)[1001].deleted and [c.task for c in journal.candidates("1")] == [1]
+
+
+@pytest.mark.parametrize("deletion_is_told", ["before", "after"])
+def test_annotations_that_label_studio_moves_to_another_task_are_kept(journal: Journal, deletion_is_told: str) -> None:
+    """The Data Manager's Remove Duplicated Tasks: the annotation of task 2 goes to task 1 as it is, and task 2 is deleted."""
+    config = parse(CONFIG)
+    record(journal, (1, body(1)), (2, body(2)))
+    if deletion_is_told == "before":
+        assert journal.delete_tasks("1", [2]) == 1
+    assert journal.record("1", [], [annotation_row("1", body(2), 1, config)], config, seen=True) == 1
+    if deletion_is_told == "after":
+        assert journal.delete_tasks("1", [2]) == 0
+    found = current(journal)[1002]
+    assert found.task == 1 and not found.deleted and found.counts
+    assert journal.record("1", [], [annotation_row("1", body(2), 1, config)], config, seen=True) == 0
+
+
 def test_deleted_tasks_take_their_annotations_along(journal: Journal) -> None:
     record(journal, (1, body(1)), (2, body(2)))
     assert journal.delete_tasks("1", [1]) == 1
