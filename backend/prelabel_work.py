@@ -231,9 +231,14 @@ class PrelabelWork:
     def _predict_and_post(self, run: Prelabel, tasks: list[Json], outcomes: dict[int, Json]) -> KptError | None:
         """Fills in the outcomes of these tasks; returns the trouble when Label Studio took none of them."""
         model = KptLLMBackend(run.project, self.journal.label_config(run.project))
+        self.services.see_core()  # raises when it is away: then the run waits, and these tasks with it
         results = model.predict(tasks)
+        gone: KptError | None = None
         if all(str(r["model_version"]).endswith(RETRY) for r in results):
-            self.services.see_core()  # raises when it is the core: then the run waits, and these tasks with it
+            try:
+                self.services.see_core()
+            except KptError as error:
+                gone = error  # it was there before these images: perhaps one of them ended it, so the attempt counts
         good: dict[int, Json] = {}
         for task, result in zip(tasks, results, strict=True):
             number, error = int(task["id"]), result.get("error")
@@ -259,7 +264,7 @@ class PrelabelWork:
         for number, body in self._look(run.project, posted).items():
             kept = self._tidy(body, good[number]["model_version"], run.replace)
             outcomes[number]["prediction"] = kept or outcomes[number]["prediction"]
-        return troubles[0] if troubles and len(troubles) == len(good) else None
+        return gone or (troubles[0] if troubles and len(troubles) == len(good) else None)
 
     def _look(self, project: str, tasks: Sequence[int]) -> dict[int, Json]:
         """The tasks as Label Studio has them at this moment; those that are gone are missing."""

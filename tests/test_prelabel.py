@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import signal
@@ -20,8 +21,8 @@ from backend import prelabel
 from backend.prelabel_work import MAX_ATTEMPTS, PrelabelWork, sort_out
 from backend.tables import PrelabelTask
 from backend_world import CONFIG, World, region, world
-from kptllm_core.errors import InvalidInput
-from small_label_studio import SmallLabelStudio, label_studio_of
+from kptllm_core.errors import InvalidInput, Unavailable
+from small_label_studio import SmallLabelStudio, label_studio_of, picture
 from small_server import Answer, Request, reply
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
@@ -236,6 +237,30 @@ def test_while_the_core_is_down_the_run_waits_and_counts_no_attempt(here: World,
     with here.services.journal.reading() as session:
         assert set(session.scalars(select(PrelabelTask.attempts))) <= {0}
     assert here.client.get("/health").get_json()["degraded"]["core"]
+
+
+def test_an_image_that_ends_the_core_fails_after_some_attempts_and_the_others_go_on(
+    here: World, studio: SmallLabelStudio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = studio.add(6)
+    sha = hashlib.sha256(picture(tasks[2])).hexdigest()
+    really, ended = here.services.core.predict, 0
+
+    def predict(schema: Any, support: Any, queries: Any, *args: Any, **options: Any) -> Any:
+        nonlocal ended
+        if any(query.image == sha for query in queries):
+            ended += 1
+            here.stop_core()
+            threading.Timer(0.1, here.restart_core).start()
+            raise Unavailable("The core is gone.")
+        return really(schema, support, queries, *args, **options)
+
+    monkeypatch.setattr(here.services.core, "predict", predict)
+    ask(here)
+    work(here, concurrency=1)
+    found = state(here)
+    assert ended == MAX_ATTEMPTS and found["state"] == "done" and found["failed"] == 1
+    assert [bool(v) for v in studio.versions().values()] == [task != tasks[2] for task in tasks]
 
 
 def test_label_studio_down_in_the_middle(here: World, studio: SmallLabelStudio) -> None:
