@@ -237,8 +237,8 @@ class PrelabelWork:
         if all(str(r["model_version"]).endswith(RETRY) for r in results):
             try:
                 self.services.see_core()
-            except KptError as error:
-                gone = error  # it was there before these images: perhaps one of them ended it, so the attempt counts
+            except KptError as trouble:
+                gone = trouble  # it was there before these images: perhaps one of them ended it, so the attempt counts
         good: dict[int, Json] = {}
         for task, result in zip(tasks, results, strict=True):
             number, error = int(task["id"]), result.get("error")
