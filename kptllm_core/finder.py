@@ -17,7 +17,7 @@ from kptllm_core.keypoints import SHOWN
 
 WINDOW = 2.4  # side of a search window, in sides of the support's objects
 LARGE = 0.9  # side of a search window over side of the image, from which on the whole image is enough
-MAX_WINDOWS = 512  # of one image: a bee of 30 pixels in 4000 × 3000 is then 15 of a crop of 160, which is about the least that is found
+MAX_WINDOWS = 512  # of one image: a bee of 20 pixels in 4000 × 3000 is then 18 of a crop of 160, which is about the least that is found
 FAINT = 0.05  # least score of a box whose points are looked for
 COUNTED = 20  # objects of an image in a figure, however faint: average precision reads the ranking, as COCO does of people with keypoints
 BORDER = 0.01  # of a window: a box that ends there, inside the image, is a part of an object that another window holds whole
@@ -67,12 +67,14 @@ def needs_windows(share: float | None) -> bool:
 
 
 def windows(width: int, height: int, side: float, size: int, most: int = MAX_WINDOWS) -> list[Crop]:
-    """Square windows over an image that overlap by half."""
+    """Square windows over an image that overlap by half. Where that were more than `most`, they grow, and overlap by as many pixels as before:
+    any object still lies whole in one of them."""
+    overlap = side * 0.5
     while True:
-        columns, rows = (max(int(np.ceil((extent - side) / (side * 0.5))) + 1, 1) for extent in (width, height))
+        columns, rows = (max(int(np.ceil((extent - side) / (side - overlap))) + 1, 1) for extent in (width, height))
         if columns * rows <= most:
             break
-        side *= 1.2
+        side *= 1.05
     xs = np.linspace(min(side, width) / 2, width - min(side, width) / 2, columns)
     ys = np.linspace(min(side, height) / 2, height - min(side, height) / 2, rows)
     return [similarity_crop(np.array([x, y]), side, size) for y in ys for x in xs]

@@ -12,7 +12,7 @@ import torch
 from kptllm_core import objects
 from kptllm_core.claims import claims, yielded
 from kptllm_core.errors import DataError
-from kptllm_core.finder import MAX_WINDOWS, Found, find, windows
+from kptllm_core.finder import MAX_WINDOWS, WINDOW, Found, find, windows
 from kptllm_core.geometry import Crop
 from kptllm_core.instances import Detected, assign, box_iou, distinct, instances_loss, overlap
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
@@ -92,10 +92,12 @@ def test_small_objects_of_a_large_image_are_found_in_windows() -> None:
 
 
 def test_the_number_of_windows_is_bounded() -> None:
-    bounded = windows(4000, 3000, 50.0, 160)
+    bounded = windows(4000, 3000, 20 * WINDOW, 160)
     assert len(bounded) <= MAX_WINDOWS
-    a, b = bounded[0].to_image(np.array([[0.0, 0.0], [160.0, 0.0]]))
-    assert 30 / (b - a)[0] * 160 > 14  # what a bee of 30 pixels is in a window of such an image
+    corners = np.stack([crop.to_image(np.array([[0.0, 0.0], [160.0, 160.0]])) for crop in bounded])
+    assert 20 / (corners[0, 1] - corners[0, 0])[0] * 160 > 16  # what a bee of 20 pixels is in a window of such an image
+    for bee in np.random.default_rng(0).uniform(0, [3980, 2980], (200, 2)):
+        assert ((corners[:, 0] <= bee + 0.5) & (corners[:, 1] >= bee + 19.5)).all(1).any()  # it lies whole in one of them
     eye = Square([[10, 10, 20, 20]])
     find(eye, 20000, 15000, 0.001, 160)
     assert eye.crops <= MAX_WINDOWS + 1
