@@ -342,13 +342,18 @@ def test_a_released_lease_is_free_at_once_and_only_the_owner_releases(here: Worl
     assert second.hold()
 
 
+def keep_until_done(here: World, seconds: float) -> None:
+    """Starts the keeper's threads and waits for the end of the round."""
+    here.keeper.start()
+    deadline = time.monotonic() + seconds
+    while here.status()["job"]["state"] != "done" and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def test_the_keepers_threads_do_the_work_by_themselves(here: World) -> None:
     here.label(*range(1, 13))
     here.webhook("START_TRAINING")
-    here.keeper.start()
-    deadline = time.monotonic() + 20
-    while here.status()["job"]["state"] != "done" and time.monotonic() < deadline:
-        time.sleep(0.1)
+    keep_until_done(here, seconds=20)
     here.keeper.stop()
     assert here.status()["job"]["promoted"] is True
 
@@ -367,10 +372,7 @@ def test_the_keepers_threads_outlive_a_journal_that_is_gone_for_a_moment(here: W
     monkeypatch.setattr(here.services.journal, "reading", reading)
     here.label(*range(1, 13))
     here.webhook("START_TRAINING")
-    here.keeper.start()
-    deadline = time.monotonic() + 30
-    while here.status()["job"]["state"] != "done" and time.monotonic() < deadline:
-        time.sleep(0.1)
+    keep_until_done(here, seconds=30)
     alive = [thread.is_alive() for thread in here.keeper._threads]
     here.keeper.stop()
     assert failures == 6 and alive == [True] * 4 and here.status()["job"]["promoted"] is True
