@@ -73,11 +73,10 @@ class Passes:
         places that are another object's.
         """
         crops = [self.crop(i, b) for i, b in zip(images, boxes, strict=True)]
-        support = prompt.shown.tight if prompt.shown else None
         sets: list[KeypointSet] = []
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
-            sets += self.points_of_crops(images[part], crops[part], prompt, support, order, fixed and fixed[part], taken and taken[part])
+            sets += self.points_of_crops(images[part], crops[part], prompt, prompt.tight, order, fixed and fixed[part], taken and taken[part])
         return [self._finish(*item, prompt.margin) for item in zip(sets, boxes, images, strict=True)]
 
     @torch.inference_mode()
@@ -107,13 +106,12 @@ class Passes:
     @torch.inference_mode()
     def detect(self, image: np.ndarray, crops: Sequence[Crop], prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
         """Objects in crops of one image; returns what `finder.Detect` says."""
-        support = prompt.shown.tight if prompt.shown else None
         boxes, scores = [], []
         for start in range(0, len(crops), BATCH):
             part = crops[start : start + BATCH]
             features = self.encode([image] * len(part), part)
-            whole = self._repeated(support, len(part), len(prompt.schema))
-            asked = self._asked(prompt.schema.names, prompt.named, whole, support is not None)
+            whole = self._repeated(prompt.tight, len(part), len(prompt.schema))
+            asked = self._asked(prompt.schema.names, prompt.named, whole, prompt.tight is not None)
             found = self.model.detect(features, whole, asked)
             boxes.append(found.boxes.cpu().numpy())
             scores.append(found.score.sigmoid().cpu().numpy())

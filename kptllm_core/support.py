@@ -57,6 +57,11 @@ class Prompt:
         return replace(self, named=self.named and (self.shown is None or self.taught))
 
     @property
+    def tight(self) -> Support | None:
+        """As in `Prepared`; None without support."""
+        return self.shown.tight if self.shown is not None else None
+
+    @property
     def share(self) -> float | None:
         """As in `Prepared`; None without support."""
         return self.shown.share if self.shown is not None else None
