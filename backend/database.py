@@ -12,10 +12,11 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
@@ -24,6 +25,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemy
 from kptllm_core.errors import InvalidInput, Unavailable
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 # What SQLite says, and PostgreSQL's codes for serialization failure, deadlock, lock not available, and the end of a connection by its server.
 _PASSING = ("locked", "busy", "deadlock", "could not serialize", "already exists", "40001", "40p01", "55p03", "57p01")
 _TURN = "select pg_advisory_xact_lock(hashtext('keypoint journal ' || current_schema()))"
@@ -75,6 +77,13 @@ class Turn:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def parts(values: Iterable[T], size: int = 500) -> Iterator[list[T]]:
+    """Some values at a time, for `in_`: a statement takes some thousand at most."""
+    rest = iter(values)
+    while part := list(islice(rest, size)):
+        yield part
 
 
 def worth_repeating(error: DBAPIError, attempt: int) -> bool:

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from backend.agreement import Reading, disagreement
 from backend.anchoring import Look, anchoring
+from backend.database import parts
 from backend.effort import Drawn, Image, Work, assisted, started_from, summary, table, work_by_origin, work_on
 from backend.intake import control_key
 from backend.journal import Journal
@@ -23,7 +24,6 @@ from label_config.schema import LabelConfig, parse
 
 log = logging.getLogger(__name__)
 RECENT = 50  # images that are listed one by one
-BATCH = 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +100,8 @@ def measured(journal: Journal, project: str, tolerance: float) -> list[Measured]
         versions = {v.id: v for v in session.scalars(select(Version).where(Version.project == project))}
         first = _first_sayings(session, project)
         numbers = list(session.scalars(select(Annotation.id).where(*labelled(project)).order_by(Annotation.id)))
-        for at in range(0, len(numbers), BATCH):
-            rows = session.scalars(select(Annotation).where(Annotation.id.in_(numbers[at : at + BATCH]))).all()
+        for part in parts(numbers):
+            rows = session.scalars(select(Annotation).where(Annotation.id.in_(part))).all()
             made = _predictions(session, project, {r.task for r in rows})
             for row in sorted(rows, key=lambda r: r.id):
                 if row.parent_annotation is None:

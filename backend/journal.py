@@ -15,18 +15,19 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from backend import split
-from backend.database import Turn, make_engines, unavailable, worth_repeating
+from backend.database import Turn, make_engines, parts, unavailable, worth_repeating
 from backend.held_out import regroup
 from backend.intake import names_of, names_since
 from backend.migrate import bring_up_to_date
-from backend.tables import Annotation, Base, Event, Fact, Project, Task, Version
+from backend.tables import Annotation, Base, Event, Fact, Look, Project, Task, Version
 from backend.versions import (
     advance,
     candidates_of,
@@ -235,6 +236,8 @@ class Journal:
 
     def delete_annotations(self, project: str, annotations: list[int]) -> int:
         """Tombstones, also for annotations never heard of (their creation may still be on its way). Returns how many were new."""
+        if not annotations:
+            return 0
 
         def change(session: Session) -> int:
             row = lock_project(session, project)
@@ -257,14 +260,15 @@ class Journal:
     def delete_tasks(self, project: str, tasks: list[int]) -> int:
         """Tasks that were deleted take their annotations with them. Returns how many annotations that were."""
 
-        def change(session: Session) -> list[int]:
-            session.execute(update(Task).where(Task.project == project, Task.task.in_(tasks)).values(deleted=True))
+        def change(session: Session, part: list[int]) -> list[int]:
+            session.execute(update(Task).where(Task.project == project, Task.task.in_(part)).values(deleted=True))
+            session.execute(delete(Look).where(Look.project == project, Look.task.in_(part)))
             found = select(Annotation.annotation).where(
-                Annotation.project == project, Annotation.task.in_(tasks), Annotation.current, ~Annotation.deleted
+                Annotation.project == project, Annotation.task.in_(part), Annotation.current, ~Annotation.deleted
             )
             return list(session.scalars(found))
 
-        return self.delete_annotations(project, self.write(change))
+        return sum(self.delete_annotations(project, self.write(partial(change, part=part))) for part in parts(tasks))
 
     def candidates(self, project: str) -> list[split.Candidate]:
         """One annotation per labelled image: those that training, judging and support examples come from."""

@@ -14,13 +14,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from sqlalchemy import func, select, update
 
+from backend.database import parts
 from backend.lease import LEASE_SECONDS, Heart, JournalLease
 from backend.model import KptLLMBackend
 from backend.prelabel import (
@@ -318,20 +319,25 @@ class PrelabelWork:
 
     def _close(self, run: Prelabel) -> bool:
         """Nothing waits any more: look once more at what was ever in doubt, and end the run. False if there is more to do."""
+        mine, predicted = PrelabelTask.run == run.id, PrelabelTask.state.in_((POSTED, THERE))
         with self.journal.reading() as session:
-            rows = list(session.scalars(select(PrelabelTask).where(PrelabelTask.run == run.id)))
-        doubtful = [r for r in rows if r.attempts > 0 and r.state in (POSTED, THERE)]
-        for at in range(0, len(doubtful), PAGE):
-            chunk = {r.task: r for r in doubtful[at : at + PAGE]}
+            doubtful = list(session.scalars(select(PrelabelTask).where(mine, predicted, PrelabelTask.attempts > 0)))
+        for part in parts(doubtful, PAGE):
+            chunk = {r.task: r for r in part}
             for task, body in self._look(run.project, list(chunk)).items():
                 self._tidy(body, chunk[task].version or "", run.replace)
-        version = self.journal.active(run.project).name
-        older = [r.task for r in rows if r.state in (POSTED, THERE) and r.version != version]
-        if run.replace and older:  # another version serves since: these are older predictions now
-            stale = (PrelabelTask.run == run.id, PrelabelTask.task.in_(older))
-            self.journal.write(lambda session: session.execute(update(PrelabelTask).where(*stale).values(state=WAITING)))
-            return False
-        counts = {state: sum(r.state == state for r in rows) for state in (POSTED, THERE, LABELLED, GONE, FAILED)}
+        if run.replace:  # if another version serves since, these are older predictions now
+            older = (mine, predicted, PrelabelTask.version.is_distinct_from(self.journal.active(run.project).name))
+
+            def again(session: Any) -> bool:
+                found = session.scalar(select(func.count()).where(*older))
+                session.execute(update(PrelabelTask).where(*older).values(state=WAITING))
+                return bool(found)
+
+            if self.journal.write(again):
+                return False
+        with self.journal.reading() as session:
+            counts = Counter(dict(session.execute(select(PrelabelTask.state, func.count()).where(mine).group_by(PrelabelTask.state)).all()))
         told = [f"{counts[POSTED]} predictions posted"]
         told += [f"{counts[state]} {words}" for state, words in _WORDS.items() if counts[state]]
         ended = finish(self.services, run.id, DONE, ", ".join(told) + ".")

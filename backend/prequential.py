@@ -10,18 +10,20 @@ images that were served without a prediction are as good as any.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from backend.database import parts
 from backend.intake import control_key
 from backend.journal import Journal
 from backend.matching import distances, pair_up, size_of
 from backend.served import first_sayings
 from backend.tables import Annotation, Predicted, Project, Version
-from backend.versions import candidates_of
+from backend.versions import candidates_of, labelled
 from kptllm_core.keypoints import KeypointSet
 from label_config.annotations import read_result
 from label_config.schema import LabelConfig, parse
@@ -77,12 +79,12 @@ def score_new(journal: Journal, project: str) -> int:
             return 0
         config = parse(row.label_config)
         speaks = {c.task: c.row for c in candidates_of(session, project)}
-        columns = select(Predicted.id, Predicted.task, Predicted.judged).where(
-            Predicted.project == project, Predicted.controls.is_not(None)
-        )
-        due = [n for n, task, judged in session.execute(columns).all() if speaks.get(task) != judged]
-    for at in range(0, len(due), BATCH):
-        journal.write(lambda session, part=due[at : at + BATCH]: _score(session, config, speaks, part))  # type: ignore[misc]
+        columns = select(Predicted.id, Predicted.task, Predicted.judged).where(Predicted.project == project, Predicted.controls.is_not(None))
+        said = columns.where(Predicted.task.in_(select(Annotation.task).where(*labelled(project))))
+        rows = {row for query in (said, columns.where(Predicted.judged.is_not(None))) for row in session.execute(query)}
+        due = sorted(n for n, task, judged in rows if speaks.get(task) != judged)
+    for part in parts(due, BATCH):
+        journal.write(partial(_score, config=config, speaks=speaks, rows=part))
     return len(due)
 
 

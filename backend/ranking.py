@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from backend import split
 from backend.calibration import Calibration, cross_validated, fit, reliability
+from backend.database import parts
 from backend.intake import control_key
 from backend.journal import Journal
 from backend.lookalikes import Lookalikes
@@ -34,6 +35,7 @@ from label_config.schema import LabelConfig, parse
 log = logging.getLogger(__name__)
 IMAGES = 400  # the newest ones, that calibration is fitted on
 LISTED = 500  # tasks that are told
+SHORTLIST = 2000  # tasks whose predictions are read for that
 PLACED = (int(Visibility.OCCLUDED), int(Visibility.VISIBLE))
 
 
@@ -230,7 +232,10 @@ def fact_name(what: str, project: str) -> str:
 
 
 def what_next(journal: Journal, looks: Lookalikes, project: str, limit: int = LISTED) -> dict[str, Any]:
-    """The unlabelled tasks, the most informative first, near-duplicates last. Only tasks that were predicted can be ranked."""
+    """The unlabelled tasks, the most informative first, near-duplicates last. Only tasks that were predicted can be ranked.
+
+    Ranked by the present calibration; of more than SHORTLIST tasks only those that had the lowest scores when they were predicted.
+    """
     calibration = calibration_of(journal, project)
     with journal.reading() as session:
         row = session.get(Project, project)
@@ -238,37 +243,43 @@ def what_next(journal: Journal, looks: Lookalikes, project: str, limit: int = LI
             raise unknown_project(project)
         done = set(session.scalars(select(Annotation.task).where(*labelled(project)).distinct()))
         gone = set(session.scalars(select(Task.task).where(Task.project == project, Task.deleted)))
-        query = select(Predicted.task, Predicted.version, Predicted.controls).where(
-            Predicted.project == project, Predicted.controls.is_not(None)
-        )
-        newest: dict[int, tuple[int, float, bool]] = {}
-        for task, version, controls in session.execute(query.order_by(Predicted.version, Predicted.id)):
-            if task not in done and task not in gone:
-                share = expected_right(calibration, controls)
-                newest[task] = version, share, _found(controls)
+        columns = select(Predicted.task, Predicted.version, Predicted.score, Predicted.id)
+        made = columns.where(Predicted.project == project, Predicted.controls.is_not(None))
+        newest = {task: (v, score, number) for task, v, score, number in session.execute(made.order_by(Predicted.task, Predicted.version))}
         names = {v.id: v.name for v in session.scalars(select(Version).where(Version.project == project))}
-    order = sorted(newest, key=lambda t: (newest[t][1], t))
-    known = looks.of(project)
-    repeats = looks.in_order(project, [t for t in order if t in known], done & set(known))
-    order.sort(key=lambda t: (rank_score(newest[t][1], t in repeats), t))
+        waiting = sorted(newest.keys() - done - gone, key=lambda t: (newest[t][1], t))
+        shares = _shares(session, calibration, {newest[t][2]: t for t in waiting[:SHORTLIST]})
+    order = [*sorted(shares, key=lambda t: (shares[t][0], t)), *waiting[SHORTLIST:]]
+    repeats = looks.in_order(project, order, done)
+    ranked = sorted(shares, key=lambda t: (rank_score(shares[t][0], t in repeats), t))
     return {
         "project": project,
         "order": "ascending prediction score: the most informative task first",
         "unlabelled": len(order),
-        "nothing_found": sum(not newest[t][2] for t in order),
+        "nothing_found": sum(not found for _, found in shares.values()) + sum(not newest[t][1] for t in waiting[SHORTLIST:]),
         "near_duplicates": len(repeats),
         "tasks": [
             {
                 "task": task,
-                "score": rank_score(newest[task][1], task in repeats),
-                "expected_right": round(newest[task][1], 4),
+                "score": rank_score(share := shares[task][0], task in repeats),
+                "expected_right": round(share, 4),
                 "model_version": names.get(newest[task][0]),
                 "like": repeats.get(task),
-                "why": _why(newest[task][1], newest[task][2], repeats.get(task)),
+                "why": _why(*shares[task], repeats.get(task)),
             }
-            for task in order[:limit]
+            for task in ranked[:limit]
         ],
     }
+
+
+def _shares(session: Session, calibration: Calibration, predictions: Mapping[int, int]) -> dict[int, tuple[float, bool]]:
+    """predictions.id → task: per task what is expected to be right of its prediction, and whether anything was found."""
+    found: dict[int, tuple[float, bool]] = {}
+    for part in parts(predictions):
+        query = select(Predicted.id, Predicted.controls).where(Predicted.id.in_(part))
+        for number, controls in session.execute(query):
+            found[predictions[number]] = expected_right(calibration, controls), _found(controls)
+    return found
 
 
 def _found(controls: Mapping[str, Any]) -> bool:

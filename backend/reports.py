@@ -87,7 +87,7 @@ class Reports:
             made = session.execute(
                 select(func.count(), func.max(Predicted.made_at)).where(mine, Predicted.controls.is_not(None))
             ).one()
-            failed = session.scalar(select(func.count()).where(mine, Predicted.error != ""))
+            failed = session.scalar(select(func.count()).where(mine, Predicted.controls.is_(None), Predicted.error > ""))  # > uses the index
             active, config = row.active_version, row.config_hash
         settings = self.services.settings
         return [said, *made, failed, active, config, settings.tolerance, settings.unaided_share]

@@ -15,10 +15,10 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import and_, exists, func, select
 from sqlalchemy.orm import Session
 
-from backend import split
+from backend.database import parts
 from backend.evidence import Subject
 from backend.intake import control_key
 from backend.journal import Journal
@@ -28,7 +28,7 @@ from backend.ranking import fact_name
 from backend.served import ask_shadow, first_sayings
 from backend.services import Services
 from backend.tables import Annotation, Event, Predicted, Project, Task, Version
-from backend.versions import candidates_of, labelled, unknown_project, uses_of
+from backend.versions import heldout_tasks, labelled, unknown_project
 from kptllm_core.errors import InvalidInput
 from kptllm_core.keypoints import KeypointSet
 from label_config.annotations import UNKNOWN, read_result
@@ -94,7 +94,8 @@ def dismiss(journal: Journal, project: str, finding: object) -> None:
 
 def _subjects(session: Session, project: str, control: KeypointControl, unused: list[dict[str, Any]]) -> list[tuple[Subject, int]]:
     """Every labelled object of a control, with the annotations.id of the state that it was read from. `unused` gets what cannot be read."""
-    tasks = {t.task: t for t in session.scalars(select(Task).where(Task.project == project))}
+    said = select(Annotation.task).where(*labelled(project))
+    tasks = {t.task: t for t in session.scalars(select(Task).where(Task.project == project, Task.task.in_(said)))}
     witness = _witnesses(session, project)
     found: list[tuple[Subject, int]] = []
     for row in session.scalars(select(Annotation).where(*labelled(project)).order_by(Annotation.task, Annotation.id)):
@@ -135,10 +136,9 @@ def _witnesses(session: Session, project: str) -> dict[int, dict[str, Any]]:
         if task in said:
             unseen = said[task] > upto.get(version, 0)
             best[task] = max(best.get(task, (False, 0, 0)), (unseen, version, number))
-    numbers = [number for _, _, number in best.values()]
     found: dict[int, dict[str, Any]] = {}
-    for at in range(0, len(numbers), 500):
-        for row in session.scalars(select(Predicted).where(Predicted.id.in_(numbers[at : at + 500]))):
+    for part in parts(number for _, _, number in best.values()):
+        for row in session.scalars(select(Predicted).where(Predicted.id.in_(part))):
             found[row.task] = row.controls or {}
     return found
 
@@ -177,18 +177,17 @@ def ask_for_predictions(journal: Journal, project: str) -> int:
         version = session.get(Version, row.active_version) if row and row.active_version else None
         if row is None or version is None or version.pruned:
             return 0
-        columns = select(Predicted.task, Predicted.version, Predicted.controls.is_(None), Predicted.error).where(
-            Predicted.project == project
-        )
-        made = session.execute(columns).all()
-        if any(open_ and not error for _, _, open_, error in made):
+        mine = Predicted.project == project
+        if session.scalar(select(Predicted.id).where(mine, Predicted.controls.is_(None), Predicted.error == "").limit(1)) is not None:
             return 0  # the last ones first
-        own = {task for task, number, _, _ in made if number == version.id}
-        any_ = {task for task, _, _, _ in made}
-        candidates, uses = candidates_of(session, project), uses_of(session, project)
-    heldout = [c.task for c in candidates if uses.get(c.group) == split.HELDOUT and c.task not in own]
-    others = [c.task for c in candidates if c.task not in any_]
-    wanted = list(dict.fromkeys(heldout + others))[: max(min(ASKED, MOST_ASKED - len(own)), 0)]
+        asked = session.scalar(select(func.count()).where(mine, Predicted.shadow, Predicted.version == version.id)) or 0
+        count = max(min(ASKED, MOST_ASKED - asked), 0)
+        here = and_(mine, Predicted.task == Annotation.task)
+        unseen = heldout_tasks(project).where(~exists().where(here, Predicted.version == version.id))
+        heldout = session.scalars(unseen.order_by(Annotation.task).limit(count)).all()
+        never = select(Annotation.task).where(*labelled(project), ~exists().where(here)).distinct()
+        others = session.scalars(never.order_by(Annotation.task).limit(count)).all()
+    wanted: list[int] = list(dict.fromkeys([*heldout, *others]))[:count]
     if not wanted:
         return 0
     return journal.write(lambda session: ask_shadow(session, session.get_one(Version, version.id), wanted))

@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from backend.database import parts
 from backend.journal import Journal
 from backend.lookalikes import note_looks
 from backend.tables import Annotation, Predicted, Version
@@ -115,12 +116,8 @@ def ask_shadow(session: Session, version: Version, tasks: Iterable[int], again: 
 
 def predictions_of(session: Session, version: Version, tasks: Iterable[int]) -> list[Predicted]:
     """What a version answered, or is asked, for these tasks."""
-    wanted = list(tasks)
-    found: list[Predicted] = []
-    for at in range(0, len(wanted), 500):  # a statement takes some thousand values at most
-        query = select(Predicted).where(Predicted.project == version.project, Predicted.version == version.id)
-        found += session.scalars(query.where(Predicted.task.in_(wanted[at : at + 500])))
-    return found
+    query = select(Predicted).where(Predicted.project == version.project, Predicted.version == version.id)
+    return [row for part in parts(tasks) for row in session.scalars(query.where(Predicted.task.in_(part)))]
 
 
 def first_sayings(session: Session, project: str, tasks: Iterable[int] | None = None) -> dict[int, int]:
@@ -130,12 +127,5 @@ def first_sayings(session: Session, project: str, tasks: Iterable[int] | None = 
         .where(Annotation.project == project, Annotation.counts)
         .group_by(Annotation.task)
     )
-    parts: list[list[int] | None] = [None]
-    if tasks is not None:
-        wanted = list(tasks)
-        parts = [wanted[at : at + 500] for at in range(0, len(wanted), 500)]
-    found: dict[int, int] = {}
-    for part in parts:
-        for task, first in session.execute(query if part is None else query.where(Annotation.task.in_(part))):
-            found[task] = first
-    return found
+    queries = [query] if tasks is None else [query.where(Annotation.task.in_(part)) for part in parts(tasks)]
+    return {task: first for each in queries for task, first in session.execute(each)}

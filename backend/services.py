@@ -79,7 +79,7 @@ class Services:
             raise
         sha = image_hash(data)
         self.journal.note_file(project, task.task, url, {"sha256": sha, "width": width, "height": height})
-        if task.task not in self.looks.of(project) and (look := look_of(data)) is not None:
+        if not self.looks.has(project, task.task) and (look := look_of(data)) is not None:
             self.journal.write(lambda session: note_looks(session, project, {task.task: look}))
         return sha, data
 

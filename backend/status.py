@@ -7,13 +7,13 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from backend import shadow, split
+from backend import shadow
 from backend.fitting import set_aside
 from backend.rounds import Rounds
 from backend.services import Services
 from backend.serving import pin_state
 from backend.tables import Annotation, Comparison, Job, Project, Version
-from backend.versions import candidates_of, unknown_project, uses_of
+from backend.versions import heldout_tasks, unknown_project
 from kptllm_core.errors import KptError
 
 # Label Studio counts `queued` and `started` as running.
@@ -62,9 +62,8 @@ def project_status(services: Services, rounds: Rounds, project: str) -> dict[str
         row = session.get(Project, project)
         if row is None:
             raise unknown_project(project)
-        candidates, uses = candidates_of(session, project), uses_of(session, project)
         active = session.get(Version, row.active_version) if row.active_version else None
-        heldout = sum(uses.get(c.group) == split.HELDOUT for c in candidates)
+        heldout = session.scalar(select(func.count()).select_from(heldout_tasks(project).subquery())) or 0
         pinned, aside = pin_state(session, row), set_aside(session, row)
         running = shadow.running(session, project)
         comparison = comparison_state(session, running) if running else None

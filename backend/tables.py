@@ -159,8 +159,17 @@ class Predicted(Base):
     made_at: Mapped[float] = mapped_column(Float, default=time.time)
     __table_args__ = (
         UniqueConstraint("project", "task", "version", name="one_prediction"),
-        Index("predictions_of_version", "project", "version"),
+        Index("predictions_by_version", "project", "version", "shadow"),
     )
+
+
+# A project may have half a million predictions of some kilobytes each. What is asked again and again is answered from these alone.
+_made, _open = Predicted.controls.is_not(None), Predicted.controls.is_(None)
+Index("predictions_made", Predicted.project, Predicted.task, Predicted.version, Predicted.score, Predicted.made_at,
+      sqlite_where=_made, postgresql_where=_made)  # fmt: skip
+Index("predictions_open", Predicted.project, Predicted.error, sqlite_where=_open, postgresql_where=_open)
+_judged = Predicted.judged.is_not(None)
+Index("predictions_judged", Predicted.project, Predicted.task, Predicted.judged, sqlite_where=_judged, postgresql_where=_judged)
 
 
 class Look(Base):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import Select, String, cast, func, select, update
 from sqlalchemy.orm import Session
 
 from backend import split
@@ -239,6 +239,18 @@ def candidates_of(session: Session, project: str) -> list[split.Candidate]:
     for number, task, group, points, truth in session.execute(query):
         best.setdefault(task, split.Candidate(number, task, group or f"task={task}", points, truth))
     return list(best.values())
+
+
+def heldout_tasks(project: str) -> Select[Any]:
+    """The tasks of the labelled images that judge."""
+    group = func.coalesce(Task.group, "task=" + cast(Annotation.task, String))
+    return (
+        select(Annotation.task)
+        .outerjoin(Task, (Task.project == Annotation.project) & (Task.task == Annotation.task))
+        .join(Group, (Group.project == Annotation.project) & (Group.group == group) & (Group.use == split.HELDOUT))
+        .where(*labelled(project))
+        .distinct()
+    )
 
 
 def uses_of(session: Session, project: str) -> dict[str, str]:

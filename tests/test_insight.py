@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from backend import ranking
 from backend.anchoring import is_unaided
@@ -169,6 +170,25 @@ def test_the_least_sure_come_first_and_repetitions_last(here: World) -> None:
     submit(here, 2, [region("nose", 10.0, 10.0)])
     told = get(here, "/next?limit=1")
     assert told["unlabelled"] == 3 and len(told["tasks"]) == 1
+
+
+def test_of_many_tasks_only_the_first_are_read_and_all_are_counted(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    here.predict(*(task(here, n) for n in range(1, 7)))
+
+    def score(session: Session) -> None:
+        for row in session.scalars(select(Predicted)):
+            row.score = {2: 0.0, 5: 0.1}.get(row.task, 0.9)
+            if row.task == 2:
+                row.controls = {}
+
+    here.services.journal.write(score)
+    monkeypatch.setattr(ranking, "SHORTLIST", 3)
+    told = ranking.what_next(here.services.journal, here.services.looks, "1")
+    assert [t["task"] for t in told["tasks"]] == [2, 1, 5]  # 1 and 5 are equally sure by the present calibration
+    assert told["unlabelled"] == 6 and told["nothing_found"] == 1
+    monkeypatch.setattr(ranking, "SHORTLIST", 0)
+    told = ranking.what_next(here.services.journal, here.services.looks, "1")
+    assert told["tasks"] == [] and told["unlabelled"] == 6 and told["nothing_found"] == 1
 
 
 def test_scores_sort_ascending_in_label_studio(here: World) -> None:
