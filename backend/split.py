@@ -23,6 +23,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from label_config.schema import LabelConfig
+
 STEPS = (1, 2, 5, 10)  # labelled images at which the support set is chosen anew
 MAX_SUPPORT = STEPS[-1]
 HELDOUT_SHARE = 0.2
@@ -95,13 +97,12 @@ def support_order(project: str, candidates: list[Candidate], uses: dict[str, str
     return sorted(free, key=lambda c: (not c.ground_truth, -c.points, rank(project, c.group), c.task))
 
 
-def version_name(base: str, round_number: int, support: list[Any], names: dict[str, Any]) -> str:
-    """`nano-1a2b3c4d+r2+s5.9f31ab`: base, round, size and content of the support set; `+s0` without one.
+def version_name(base: str, round_number: int, support: list[Any], config: LabelConfig) -> str:
+    """`nano-1a2b3c4d+r2+s5.9f31ab`: base, round, size and content of the support set.
 
-    The content includes which names are asked for, so that a changed label config is a new version, too; not their order.
+    The content includes what is asked for (names, their labels, boxes), so that a label config that changes predictions is a new version,
+    too; the order of the names changes none.
     """
-    if not support:
-        return f"{base}+r{round_number}+s0"
     shown = [
         [
             entry["task"],
@@ -113,7 +114,11 @@ def version_name(base: str, round_number: int, support: list[Any], names: dict[s
         for control, example in sorted(entry["controls"].items())
         for points in [example["keypoints"]]
     ]
-    meaning = json.dumps([shown, {key: sorted(value) for key, value in names.items()}], sort_keys=True)
+    asked = [
+        [c.from_name, c.to_name, sorted(zip(c.schema.names, c.labels, strict=True)), c.box and [c.box.from_name, c.box.labels]]
+        for c in config.controls
+    ]
+    meaning = json.dumps([shown, asked])
     return f"{base}+r{round_number}+s{len(support)}.{hashlib.sha256(meaning.encode()).hexdigest()[:6]}"
 
 

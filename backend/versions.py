@@ -83,7 +83,7 @@ def freeze_version(
     row = lock_project(session, project)
     base = adapter["base"] if adapter else like.base
     number = adapter["round"] if adapter else like.round
-    name = split.version_name(base, number, support, row.names)
+    name = split.version_name(base, number, support, parse(row.label_config))
     version = session.scalar(select(Version).where(Version.project == project, Version.name == name))
     if version is None:
         figures.setdefault("upto", newest_annotation(session))

@@ -200,7 +200,7 @@ class World:
         """Routes of Label Studio's API over these tasks; returns the project, which PATCH changes. live: the title of our model
         there, empty if it is not attached."""
         project = {"id": 1, "title": "Dogs", "label_config": CONFIG, "model_version": model_version}
-        models = [{"id": 5, "title": live, "url": "http://backend", "model_version": "timed-00000000+r0+s0"}] if live else []
+        models = [{"id": 5, "title": live, "url": "http://backend", "model_version": "timed-00000000+r0+s0.f1951d"}] if live else []
 
         def project_call(request: Request) -> Answer:
             if request.method == "PATCH":

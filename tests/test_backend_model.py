@@ -51,14 +51,14 @@ def test_every_prediction_stands_before_both_judges(here: World) -> None:
     (prediction,) = here.predict(here.task(1))
     check_prediction(CONFIG, prediction)
     assert set(placed(prediction)) == {"nose", "tail", "ear"}
-    assert prediction["model_version"] == here.setup().get_json()["model_version"] == "timed-00000000+r0+s0"
+    assert prediction["model_version"] == here.setup().get_json()["model_version"] == "timed-00000000+r0+s0.f1951d"
 
 
 def test_a_core_that_was_never_seen_lends_the_models_name(here: World) -> None:
     here.stop_core()
-    assert here.setup().get_json()["model_version"] == "timed+r0+s0"
+    assert here.setup().get_json()["model_version"] == "timed+r0+s0.f1951d"
     (prediction,) = here.predict(here.task(1))
-    assert prediction["model_version"] == "timed+r0+s0+retry"
+    assert prediction["model_version"] == "timed+r0+s0.f1951d+retry"
 
 
 def test_a_batch_survives_each_kind_of_bad_task(here: World) -> None:
@@ -311,7 +311,7 @@ def test_a_core_with_another_base_makes_another_version(here: World) -> None:
 def test_the_class_keeps_label_studio_mls_contract(here: World) -> None:
     backend = KptLLMBackend(project_id="1", label_config=CONFIG)
     backend.setup()
-    assert backend.get("model_version") == backend.model_version == "timed-00000000+r0+s0"
+    assert backend.get("model_version") == backend.model_version == "timed-00000000+r0+s0.f1951d"
     assert backend.has("model_version")
     (prediction,) = backend.predict([here.task(1)], context={}, login=None, password=None)
     assert prediction["result"]

@@ -30,6 +30,7 @@ from label_config.schema import parse
 
 LABELS = ("nose", "tail", "ear")
 COPIED = [{k: v for k, v in region("nose", 10.0, 10.0).items() if k != "origin"}]  # as it was predicted
+FIRST = "nano-0+r0+s0.f1951d"  # under CONFIG, before anything was labelled
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_the_support_set_changes_at_1_2_5_10_images_only(journal: Journal) -> No
         record(journal, (task, body(task)))
         record(journal, (task, body(task, second=5)))  # a correction of it changes nothing that serves
         names.append(journal.active("1").name)
-    assert names[0] == "nano-0+r0+s0"
+    assert names[0] == FIRST
     changed = [at for at in range(1, 13) if names[at] != names[at - 1]]
     assert changed == [1, 2, 5, 10]
     assert [n.split("+s")[1].split(".")[0] for n in names] == [
@@ -250,9 +251,18 @@ def test_a_config_of_other_names_has_no_examples_until_it_is_undone(journal: Jou
     record(journal, (1, body(1)))
     before = journal.active("1").name
     other = CONFIG.replace("nose", "a").replace("tail", "b").replace('"ear"', '"c"')
-    assert journal.observe("1", other, "nano-0").name == "nano-0+r0+s0"
+    named_otherwise = journal.observe("1", other, "nano-0").name
+    assert named_otherwise.startswith("nano-0+r0+s0.") and named_otherwise != FIRST  # it answers something else
     assert journal.candidates("1") == []
     assert journal.observe("1", CONFIG, "nano-0").name == before
+
+
+@pytest.mark.parametrize("changed", [WITH_BOX, CONFIG.replace('value="nose"', 'value="nose" alias="n"')], ids=["box", "label"])
+def test_what_changes_the_regions_of_a_prediction_is_another_version(journal: Journal, changed: str) -> None:
+    assert journal.active("1").name == FIRST
+    after = journal.observe("1", changed, "nano-0").name
+    assert after.startswith("nano-0+r0+s0.") and after != FIRST
+    assert journal.observe("1", CONFIG, "nano-0").name == FIRST
 
 
 def test_colours_change_nothing(journal: Journal) -> None:
@@ -295,7 +305,7 @@ def test_annotations_without_a_size_wait_for_their_image(journal: Journal) -> No
     for r in said["result"]:
         del r["original_width"], r["original_height"]
     record(journal, (1, said))
-    assert journal.active("1").name == "nano-0+r0+s0"
+    assert journal.active("1").name == FIRST
     ((task, address),) = journal.support_waits_for("1")
     journal.note_file("1", task.task, address, {"sha256": "0" * 64, "width": 200, "height": 100})
     journal.retry_support("1")

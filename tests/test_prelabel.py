@@ -26,7 +26,7 @@ from small_label_studio import SmallLabelStudio, label_studio_of, picture
 from small_server import Answer, Request, reply
 
 TOKEN = "0123456789abcdef0123456789abcdef01234567"
-VERSION = "timed-0+r0+s0"
+VERSION = "timed-0+r0+s0.f1951d"
 
 
 @pytest.fixture

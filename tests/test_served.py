@@ -42,7 +42,7 @@ def test_a_prediction_after_the_correction_does_not_replace_what_was_seen(here: 
     here.predict(here.task(5))
     first = rows(here)[5]
     here.label(5)
-    here.services.journal.activate("1", "timed-00000000+r0+s0", "")
+    here.services.journal.activate("1", "timed-00000000+r0+s0.f1951d", "")
     here.predict(here.task(5))
     assert len(rows(here)) == 1
     assert (rows(here)[5].made_at, rows(here)[5].known) == (first.made_at, 0)

@@ -101,7 +101,7 @@ def test_what_makes_a_pin_impossible_releases_it_and_is_noted(here: World, why: 
     name = here.setup().get_json()["model_version"]
     post(here, f"/projects/1/versions/{name}/pin")
     if why == "another":
-        post(here, "/projects/1/versions/timed-00000000+r0+s0/activate")
+        post(here, "/projects/1/versions/timed-00000000+r0+s0.f1951d/activate")
     else:
         here.setup(CONFIG.replace('"nose"', '"muzzle"'))
     assert here.status()["pinned"] is None

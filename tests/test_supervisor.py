@@ -295,7 +295,7 @@ def test_the_real_backend_serves_survives_a_kill_and_stops(start: Any, tmp_path:
     assert result["result"] == []
     assert (
         requests.post(f"{url}/setup", json={"project": 1, "schema": CONFIG}, timeout=5).json()["model_version"]
-        == "nano+r0+s0"
+        == "nano+r0+s0.f1951d"
     )
     worker = max(run.family(), key=lambda p: p.create_time())
     worker.kill()
