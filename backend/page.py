@@ -25,6 +25,7 @@ from typing import Any
 from flask import Blueprint, Response, jsonify, render_template, request, url_for
 
 from backend import charts, compare, current, overlays, prelabel, review
+from backend.examples import on_image
 from backend.intake import project_of
 from backend.prequential import report as prequential
 from backend.quality import KINDS
@@ -185,7 +186,8 @@ def support_examples(project: str) -> list[Json]:
             for control, shown in entry["controls"].items():
                 facts = task.files.get(shown["image"], {}) if task else {}
                 size = (facts["width"], facts["height"]) if "width" in facts else None
-                drawing = overlays.example(size, shown["keypoints"], skeletons.get(control, ())) if size else None
+                points = on_image(shown, facts)
+                drawing = overlays.example(size, points.to_json(), skeletons.get(control, ())) if size and points is not None else None
                 found.append({"task": entry["task"], "control": control, "drawing": drawing})
     return found
 

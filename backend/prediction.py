@@ -18,6 +18,7 @@ import numpy as np
 from backend import split
 from backend.anchoring import is_unaided
 from backend.core_client import AllObjects, Instance, Query, image_hash
+from backend.examples import on_image
 from backend.intake import control_key
 from backend.interactive import Drawing, as_drawn, drawn_in, recall, remember
 from backend.lookalikes import look_of
@@ -325,26 +326,32 @@ class Prediction:
         examples = []
         for entry in self.version.support:
             labelled = entry["controls"].get(control_key(control))
-            points = KeypointSet.from_json(labelled["keypoints"]).reorder(control.schema.names) if labelled else None
-            if points is None or not points.placed.any():
+            if not labelled or not KeypointSet.from_json(labelled["keypoints"]).reorder(control.schema.names).placed.any():
                 continue
             try:
-                examples.append((self._support_image(entry["task"], labelled["image"]), points))
+                facts = self._support_image(entry["task"], labelled["image"])
+                points = on_image(labelled, facts)
+                if points is None:
+                    raise InvalidInput("its image is turned by 90° against the one that it was labelled on. Label it again.")
+                examples.append((facts["sha256"], points.reorder(control.schema.names)))
             except KptError as error:
                 log.warning("project %s: the support example of task %s cannot be used: %s", self.project,
                             entry["task"], error.message)  # fmt: skip
         return examples
 
-    def _support_image(self, number: int, url: str) -> str:
-        """The hash of a support image; it is fetched when it was never seen."""
+    def _support_image(self, number: int, url: str) -> Json:
+        """{"sha256", "width", "height"} of a support image; it is fetched when it was never seen."""
         project = self.project
         with self.services.journal.reading() as session:
             task = session.get(Task, (project, number))
         if task is None:
             raise NotFound(f"Task {number} is not known any more.")
-        sha = task.files.get(url, {}).get("sha256") or self.services.image(project, task, url)[0]
-        self.support_places[sha] = (task, url)
-        return str(sha)
+        facts = task.files.get(url, {})
+        if "sha256" not in facts:
+            sha, data = self.services.image(project, task, url)
+            facts = {"sha256": sha, **dict(zip(("width", "height"), image_size(data), strict=True))}
+        self.support_places[facts["sha256"]] = (task, url)
+        return facts
 
     def _load(self, sha: str) -> bytes:
         """The bytes that the core asks for."""

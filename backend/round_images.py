@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 
 from sqlalchemy import select
 
@@ -63,13 +64,24 @@ def _fetch(services: Services, project: str, config: LabelConfig, candidate: spl
     return found
 
 
-def image_bytes(services: Services, project: str, sha: str) -> bytes:
-    """An image of the snapshot, fetched again; NotFound when other bytes are there now."""
-    with services.journal.reading() as session:
-        for task in session.scalars(select(Task).where(Task.project == project)):
-            for url, facts in task.files.items():
-                if facts.get("sha256") == sha:
-                    found, data = services.image(project, task, url)
-                    if found == sha:
-                        return data
-    raise NotFound(f"The image {sha[:12]}… of the snapshot is not to be had any more. Start the round again.")
+def image_loader(services: Services, project: str) -> Callable[[str], bytes]:
+    """Hash of an image of the snapshot → its bytes, fetched again; NotFound when other bytes are there now."""
+
+    @cache
+    def places() -> dict[str, list[tuple[Task, str]]]:
+        found: dict[str, list[tuple[Task, str]]] = {}
+        said = select(Annotation.task).where(Annotation.project == project)
+        with services.journal.reading() as session:
+            for task in session.scalars(select(Task).where(Task.project == project, Task.task.in_(said))):
+                for url, facts in task.files.items():
+                    found.setdefault(facts.get("sha256", ""), []).append((task, url))
+        return found
+
+    def load(sha: str) -> bytes:
+        for task, url in places().get(sha, ()):
+            found, data = services.image(project, task, url)
+            if found == sha:
+                return data
+        raise NotFound(f"The image {sha[:12]}… of the snapshot is not to be had any more. Start the round again.")
+
+    return load

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session, defer
 
 from backend import held_out, shadow, split
 from backend.judges import decide
-from backend.round_images import image_bytes, usable_images
+from backend.round_images import image_loader, usable_images
 from backend.services import Services, is_passing
 from backend.snapshot import round_body
 from backend.sweep import sweep
@@ -228,7 +228,7 @@ class Rounds:
         """Hand the snapshot to the core, which takes the same one twice for one."""
         assert job.snapshot is not None
         try:
-            answer = self.services.core.start_round(job.snapshot, lambda sha: image_bytes(self.services, job.project, sha))
+            answer = self.services.core.start_round(job.snapshot, image_loader(self.services, job.project))
         except Conflict as error:
             if error.details.get("code") == "missing_images":  # sent, and forgotten again for those sent later
                 count = len({item["image"] for part in ("train", "heldout") for item in job.snapshot[part]})

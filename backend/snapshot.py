@@ -11,6 +11,7 @@ import numpy as np
 from sqlalchemy.orm import Session
 
 from backend import split
+from backend.examples import on_image
 from backend.intake import as_asked, control_key
 from backend.tables import Annotation, Job, Project, Task, Version
 from kptllm_core.errors import InvalidInput
@@ -40,10 +41,10 @@ def round_body(
     for entry in support:
         task = session.get_one(Task, (job.project, entry["task"]))
         for example in entry["controls"].values():
-            sha = task.files.get(example["image"], {}).get("sha256")
-            if sha and sha not in hidden:
-                points = KeypointSet.from_json(example["keypoints"]).reorder(schema.names)
-                shown.append({"image": sha, "keypoints": points.to_json()})
+            facts = task.files.get(example["image"], {})
+            points = on_image(example, facts)
+            if points is not None and "sha256" in facts and facts["sha256"] not in hidden:
+                shown.append({"image": facts["sha256"], "keypoints": points.reorder(schema.names).to_json()})
     return {
         "name": f"{version.base}+p{job.project}+r{job.round}",
         "schema": schema.to_json(),

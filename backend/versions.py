@@ -13,6 +13,7 @@ from sqlalchemy import Select, String, cast, func, select, update
 from sqlalchemy.orm import Session
 
 from backend import split
+from backend.examples import frozen
 from backend.intake import as_asked, control_key, known_points
 from backend.tables import Annotation, Comparison, Event, Fact, Group, Project, Task, Version
 from kptllm_core.errors import NotFound
@@ -150,7 +151,7 @@ def support_entries(
 ) -> list[tuple[dict[str, Any], str]]:
     """The first `count` usable candidates as frozen examples, each with its group.
 
-    An example is {"task", "annotation", "controls": {control: {"image": URL, "keypoints": …}}}.
+    An example is {"task", "annotation", "controls": {control: {"image": URL, "keypoints": …, "size": [w, h] that they refer to}}}.
 
     One object per image and control, the one with the most points. An annotation without a usable object is left out.
     """
@@ -169,7 +170,7 @@ def support_entries(
             if url and objects:
                 best = max(objects, key=lambda o: int(o.keypoints.placed.sum())).keypoints
                 best = as_asked(best, since.get(control_key(control), {}), annotation.id)
-                controls[control_key(control)] = {"image": url, "keypoints": best.to_json()}
+                controls[control_key(control)] = frozen(url, best, annotation.result, size)
         if controls:
             entries.append(
                 ({"task": candidate.task, "annotation": annotation.annotation, "controls": controls}, candidate.group)

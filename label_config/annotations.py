@@ -327,16 +327,21 @@ def _numbers(value: Region, keys: tuple[str, ...]) -> tuple[float, ...] | None:
 
 def _image_size(region: Region, width: int | None, height: int | None) -> tuple[int, int] | str:
     """Width and height that a region's per cent refer to; a sentence if they are not known or contradict the image."""
-    own = _numbers(region, ("original_width", "original_height"))
-    if own is not None and not (own[0] >= 1 and own[1] >= 1):
-        own = None
+    own = said_size(region)
     if width is None or height is None:
-        return (
-            (round(own[0]), round(own[1]))
-            if own
-            else "does not say how large its image is (original_width, original_height)"
-        )
-    if own and abs(own[0] / own[1] * width / height - 1) < 0.02 < abs(width / height - 1):
-        return (f"was drawn on an image of {own[0]:g} × {own[1]:g}, but the image has {width} × {height}: "
+        return own or "does not say how large its image is (original_width, original_height)"
+    if own and is_turned(own, (width, height)):
+        return (f"was drawn on an image of {own[0]} × {own[1]}, but the image has {width} × {height}: "
                 "one of them is turned by 90°, so the place is not known")  # fmt: skip
     return width, height
+
+
+def said_size(region: Region) -> tuple[int, int] | None:
+    """Width and height of the image as a region tells them (original_width, original_height)."""
+    own = _numbers(region, ("original_width", "original_height"))
+    return (round(own[0]), round(own[1])) if own and min(own) >= 1 else None
+
+
+def is_turned(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (width, height) can only be of the same image if one of them is turned by 90°."""
+    return abs(one[0] / one[1] * other[0] / other[1] - 1) < 0.02 < abs(other[0] / other[1] - 1)

@@ -105,6 +105,22 @@ def test_no_annotation_yet_means_text_alone_then_examples_serve(here: World) -> 
     assert np.allclose(support[0].keypoints.xy, [(6.4, 24.0), (19.2, 24.0), (32.0, 24.0)])
 
 
+@pytest.mark.parametrize(("said", "known"), [((128, 96), True), ((640, 120), True), ((96, 128), False)])
+def test_an_example_that_is_wrong_about_its_images_size(here: World, said: tuple[int, int], known: bool) -> None:
+    """Programs write annotations, too. Per cent are per cent of the image as it is, unless it is turned."""
+    calls = asked(here)
+    annotation = here.annotation(1)
+    for drawn in annotation["result"]:
+        drawn["original_width"], drawn["original_height"] = said
+    here.webhook("ANNOTATION_CREATED", annotation=annotation, task=here.task(1))
+    here.predict(here.task(50))
+    support = calls[-1]["support"]
+    assert len(support) == known
+    if known:
+        assert np.allclose(support[0].keypoints.xy, [(6.4, 24.0), (19.2, 24.0), (32.0, 24.0)])
+        assert here.client.get("/projects/1/", headers={"Accept": "text/html"}).status_code == 200
+
+
 def test_an_example_whose_image_is_gone_is_left_out(here: World) -> None:
     calls = asked(here)
     here.label(1, 2)
