@@ -37,6 +37,7 @@ from label_config.schema import parse
 log = logging.getLogger(__name__)
 FINISHED = ("done", "failed", "cancelled")
 PATIENCE = 12  # times ROUND_QUIET_SECONDS that a round which is due waits at the most
+_LIGHT = (defer(Job.snapshot), defer(Job.support))  # both are large
 
 
 class Rounds:
@@ -107,8 +108,9 @@ class Rounds:
         return now - since >= quiet or now - due >= PATIENCE * quiet
 
     def get(self, job: str) -> Job:
+        """A round, as in `latest` and `history` without its snapshot and its support."""
         with self.journal.reading() as session:
-            row = session.get(Job, job)
+            row = session.get(Job, job, options=_LIGHT)
         if row is None:
             raise NotFound(f"There is no job '{job}'.")
         return row
@@ -120,13 +122,13 @@ class Rounds:
     def latest(self, project: str) -> Job | None:
         with self.journal.reading() as session:
             query = select(Job).where(Job.project == project).order_by(Job.created_at.desc(), Job.round.desc())
-            return session.scalars(query.limit(1)).first()
+            return session.scalars(query.limit(1).options(*_LIGHT)).first()
 
     def history(self, project: str) -> list[Job]:
-        """Every round of a project, the newest first, without their snapshots, which are large."""
+        """Every round of a project, the newest first."""
         with self.journal.reading() as session:
             query = select(Job).where(Job.project == project).order_by(Job.round.desc(), Job.created_at.desc())
-            return list(session.scalars(query.options(defer(Job.snapshot), defer(Job.support))))
+            return list(session.scalars(query.options(*_LIGHT)))
 
     def cancel(self, job: str, why: str = "cancelled by a person") -> Job:
         """End a round without a result. What was served before serves on."""
@@ -226,19 +228,21 @@ class Rounds:
 
     def _send(self, job: Job) -> None:
         """Hand the snapshot to the core, which takes the same one twice for one."""
-        assert job.snapshot is not None
+        with self.journal.reading() as session:
+            snapshot = session.scalar(select(Job.snapshot).where(Job.id == job.id))
+        assert snapshot is not None
         try:
-            answer = self.services.core.start_round(job.snapshot, image_loader(self.services, job.project))
+            answer = self.services.core.start_round(snapshot, image_loader(self.services, job.project))
         except Conflict as error:
             if error.details.get("code") == "missing_images":  # sent, and forgotten again for those sent later
-                count = len({item["image"] for part in ("train", "heldout") for item in job.snapshot[part]})
+                count = len({item["image"] for part in ("train", "heldout") for item in snapshot[part]})
                 raise InvalidInput(f"The {count} images of this round do not fit the core's image store. Give it more room "
                                    "(CORE_IMAGE_BYTES; of a core that runs elsewhere --images-gb), and start again.") from None  # fmt: skip
             # Another round of that name: this journal is younger than the core's data. Take the next free number.
             taken = [str(a.get("name", "")).rpartition("+r") for a in self.services.core.adapters()]
-            prefix = str(job.snapshot["name"]).rpartition("+r")[0]
+            prefix = str(snapshot["name"]).rpartition("+r")[0]
             number = max([int(n) for p, _, n in taken if p == prefix and n.isdigit()] + [job.round]) + 1
-            snapshot = job.snapshot | {"name": f"{prefix}+r{number}"}
+            snapshot = snapshot | {"name": f"{prefix}+r{number}"}
             self._update(job.id, "prepared", round=number, adapter=snapshot["name"], snapshot=snapshot, snapshot_hash=_hash(snapshot))
             return
         self._update(job.id, "prepared", state="running", core_job=answer["job"])
@@ -277,7 +281,6 @@ class Rounds:
     def _conclude(self, job: Job, result: dict[str, Any], progress: dict[str, Any]) -> None:
         """Decide, make the version, move the pointer: one transaction."""
         before, after = result.get("before"), result.get("after")
-        snapshot = job.snapshot or {}
         promoted, reason = decide(before, after, int(result.get("heldout_images") or 0))
 
         def change(session: Session) -> None:
@@ -286,7 +289,7 @@ class Rounds:
             if current.state in FINISHED:
                 return
             parent, active = session.get_one(Version, job.parent), session.get_one(Version, row.active_version)
-            names = list(snapshot["schema"]["names"])
+            names = list((current.snapshot or {})["schema"]["names"])
             serves, why = promoted, reason
             if row.config_hash != job.config_hash and not split.adapter_fits(names, row.names):
                 serves, why = False, f"Not promoted: the label config's names changed while the round ran. {reason}"
@@ -295,7 +298,7 @@ class Rounds:
             elif row.pinned is not None:
                 serves, why = False, f"Not promoted: {active.name} is pinned. Without the pin: {reason}"
             adapter = {"name": job.adapter, "round": job.round, "names": names, "base": parent.base}
-            version = freeze_version(session, job.project, parent, adapter, job.support, job=job.id, reason=why, before=before, after=after,
+            version = freeze_version(session, job.project, parent, adapter, current.support, job=job.id, reason=why, before=before, after=after,
                                      seconds=result.get("seconds"), promoted=serves, upto=job.upto)  # fmt: skip
             if serves:
                 serve(session, row, version, why)
