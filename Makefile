@@ -88,7 +88,8 @@ ROUNDS_ON ?= $(if $(ABLATE),dlc_horse_walk dpk_fly,$(VALIDATION))
 ROUND_LABELS ?= $(if $(ABLATE),20,10 20 50)
 
 # From nothing to a checkpoint in runs/: trains for BUDGET seconds, then fits how sure found boxes are. Stopped, it goes on with
-# ARGS=--resume. On a GPU, in sessions of ten minutes: make nano BUDGET=1740 ARGS="--stop-after 570 --resume", three times.
+# ARGS=--resume. On a GPU, in sessions of ten minutes: make nano BUDGET=1500 ARGS="--stop-after 570 --resume", again and again until it says
+# `Wrote runs/nano` (loading counts towards the session, not towards BUDGET; a session that ends before fails with Error 3).
 # glibc hands large blocks back to the kernel at once and asks for them again; keeping them makes a step a tenth faster.
 define pretrain
 	@MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456 \

@@ -195,8 +195,8 @@ class Settings:
         default="",
         metadata=_about(
             _url,
-            "Address of the same Label Studio in the browser, when it is another: images named by it are then fetched "
-            "from LABEL_STUDIO_URL.",
+            "Address of the same Label Studio in the browser, when it is another: the page's links lead there, and images "
+            "named by it are fetched from LABEL_STUDIO_URL.",
         ),
     )
     label_studio_api_key: str = field(
@@ -275,7 +275,8 @@ class Settings:
     )
     min_train: int = field(
         default=10,
-        metadata=_about(_whole(2, 100_000), "Labelled images that a project needs before its first training round."),
+        metadata=_about(_whole(2, 100_000), "Labelled images that a project needs before its first training round; with fewer than 10 "
+                        "too few are left to judge by, and the round says so."),
     )
     round_seconds: float = field(
         default=180.0, metadata=_about(_seconds(1, 604_800), "Time for training in a round, in seconds.")
@@ -300,8 +301,8 @@ class Settings:
         default=5,
         metadata=_about(
             _whole(0, 100_000),
-            "Adapters of earlier rounds that are kept for each project, the newest, besides those that serve, are pinned, came "
-            "just before, are being compared or trained from. Older ones are deleted.",
+            "How many of the newest adapters are kept for each project. Those that serve, are pinned, served just before, are "
+            "being compared or are trained from stay anyway; all others are deleted.",
         ),
     )
     tolerance: float = field(

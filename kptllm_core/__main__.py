@@ -57,7 +57,7 @@ keypoint_scores, bbox. v is 2 visible, 1 hidden, 3 absent. An unreadable image h
   # how much the trained model leans on a part: switched off for the test
   python -m kptllm_core evaluate --without identify --data horses
   python -m kptllm_core evaluate --without llm --without refinement --data horses
-  # the published protocols, for who has these data sets
+  # the published protocols, for whoever has these data sets
   python -m kptllm_core evaluate --protocol mp100 --annotations mp100_split1_test.json --images mp100/images
   python -m kptllm_core evaluate --protocol ap10k --annotations ap10k-test-split1.json --images ap10k/data --prompt text --shots 0
 

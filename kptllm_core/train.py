@@ -199,7 +199,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", action="store_true", help="train an adapter on the model's weights, from a few labelled images")
     parser.add_argument("--start", type=Path, metavar="DIR", help="begin with this checkpoint's weights, instead of from nothing")
     parser.add_argument("--watch", action="append", type=Path, default=[], metavar="DIR",
-                        help="folder that is not trained on: the checkpoint that is best there is the one published; may be repeated")  # fmt: skip
+                        help="folder that is not trained on: a checkpoint that is clearly worse there is not published; may be repeated")  # fmt: skip
     parser.add_argument("--rate", type=float, help="peak learning rate")
     parser.add_argument("--parent", type=Path, metavar="DIR", help="with --lora: the adapter to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the state that an earlier run left")

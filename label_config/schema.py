@@ -15,7 +15,7 @@ nested Views, aliases, names in any script. Attributes of the control that mean 
     model_symmetric         "left_eye-right_eye": pairs that swap when the image is mirrored; default: read from the names;
                             empty: none. Labels with "-" or "," in them: see `_pairs`
     model_category          what the object is called (default: the label of its box, else "object")
-    smart                   Label Studio's own: "true" asks the model while the annotator works
+    smart                   Label Studio's own, and nothing here: "false" takes away the smart tool (docs/interactive.md)
 
 and of each `<Label>`: `model_index` (order of the points, from 0), `alias`, and `predicted_values`: the same word on several
 labels is the kind of object (convention of the YOLO backend), otherwise it is what the model calls that point.
@@ -59,7 +59,6 @@ class BoxControl:
     to_name: str
     labels: tuple[str, ...]  # as the wire carries them; the first is drawn; () for a plain Rectangle
     type: str = "rectanglelabels"
-    smart: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,6 @@ class KeypointControl:
     point_size: float | None = None  # pixels; None: half a per cent of the image's width
     add_bboxes: bool = True
     find_objects: bool = False
-    smart: bool = False
 
     @property
     def finds_all(self) -> bool:
@@ -210,7 +208,6 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
     if missing not in ("absent", "unlabelled"):
         raise SchemaError(f'{show(element)} has model_missing="{missing}"; expected "absent" or "unlabelled".')
     occluded, choice = _occluded(root, from_name, to_name)
-    smart = any(flag(e, a, False) for e in (element, *tags) for a in ("smart", "smartOnly"))
     return KeypointControl(
         from_name, to_name, image.get("value", ""), schema, wire, shown, box, occluded, choice, missing,
         score_threshold=fraction(element, "model_score_threshold", 0.0),
@@ -219,7 +216,6 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
         point_size=number(element, "model_point_size", None),
         add_bboxes=flag(element, "model_add_bboxes", True),
         find_objects=flag(element, "model_find_objects", box is not None),
-        smart=smart,
     )  # fmt: skip
 
 
@@ -274,8 +270,7 @@ def _box(root: Element, element: Element, to_name: str, alone: bool, kind: str) 
     if not alone and not named:
         ours = tuple(n for n in labels if n.casefold() in {kind.casefold(), element.get("name", "").casefold()})
         labels = ours or labels
-    smart = any(flag(e, a, False) for e in (box, *children_of(box, "label")) for a in ("smart", "smartOnly"))
-    return BoxControl(box.get("name", ""), to_name, labels, tag, smart)
+    return BoxControl(box.get("name", ""), to_name, labels, tag)
 
 
 def _belongs_to_another(root: Element, element: Element, box: Element) -> bool:

@@ -95,7 +95,7 @@ def test_whoever_asks_for_json_gets_it(here: World) -> None:
 def test_with_few_images_it_says_few_shot_only_and_how_many_are_missing(here: World) -> None:
     here.label(1, 2, 3)
     said = words(html(here))
-    assert "Few-shot only. 3 of 10 images are labelled: 7 more until the first round." in said
+    assert "Few-shot only. 3 of 10 images are labelled: 7 more until a round can start." in said
     assert re.search(r'id="start" disabled', html(here))
     answer = here.client.post("/projects/1/start", json={})
     assert answer.status_code == 200 and "3 of 10 labelled images: too few" in answer.get_json()["message"]

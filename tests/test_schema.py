@@ -28,7 +28,7 @@ def test_the_plain_config() -> None:
     assert kp.schema == KeypointSchema(("nose", "left_eye", "right_eye"), symmetric=((1, 2),))
     assert kp.labels == kp.shown == kp.schema.names
     assert kp.box is None and kp.occluded is None and kp.missing == "unlabelled"
-    assert not kp.smart and not kp.find_objects and kp.add_bboxes
+    assert not kp.find_objects and kp.add_bboxes
     assert (kp.score_threshold, kp.point_threshold, kp.point_size) == (0.0, 0.0, None)
 
 
@@ -126,11 +126,10 @@ def test_symmetric_pairs_said_or_read_from_the_names() -> None:
 def test_thresholds_and_flags() -> None:
     kp = control(
         attributes='model_score_threshold="0.25" model_point_threshold=".5" model_point_size="4" model_add_bboxes="false" '
-        'model_missing="absent" model_find_objects="yes" smart="true" model_category="cat"'
+        'model_missing="absent" model_find_objects="yes" model_category="cat"'
     )
     assert (kp.score_threshold, kp.point_threshold, kp.point_size, kp.add_bboxes) == (0.25, 0.5, 4.0, False)
-    assert (kp.missing, kp.find_objects, kp.smart, kp.schema.category) == ("absent", True, True, "cat")
-    assert control('<Label value="a" smart="true"/>').smart and control(attributes='smartOnly="true"').smart
+    assert (kp.missing, kp.find_objects, kp.schema.category) == ("absent", True, "cat")
 
 
 def test_box_controls() -> None:
@@ -147,7 +146,7 @@ def test_box_controls() -> None:
     both = control(others=rectangles("other") + rectangles("kp_bbox", "rat"))
     assert both.box is not None and both.box.from_name == "kp_bbox"
     plain = control(others='<Rectangle name="r" toName="image" smart="true"/>')
-    assert plain.box is not None and (plain.box.type, plain.box.labels, plain.box.smart) == ("rectangle", (), True)
+    assert plain.box is not None and (plain.box.type, plain.box.labels) == ("rectangle", ())
     assert (
         control(others='<RectangleLabels name="kp_bbox" toName="second"><Label value="x"/></RectangleLabels>').box
         is None
