@@ -138,6 +138,7 @@ def publish(folder: Path, write: Any) -> None:
     """Calls `write(new folder)`, adds the manifest, flushes everything to disk and puts the folder in its place by rename."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _bring_back(folder)
     new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
@@ -152,11 +153,23 @@ def publish(folder: Path, write: Any) -> None:
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         _flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _bring_back(folder: Path) -> None:
+    """A kill between two renames of `publish` leaves the folder under another name, and none in its place."""
+    left = sorted(folder.parent.glob(f".{folder.name}.*.old"), key=lambda p: p.stat().st_mtime)
+    if left and not folder.exists():
+        left[-1].rename(folder)
 
 
 def verify(folder: Path) -> None:

@@ -19,6 +19,7 @@ from kptllm_core.finder import COUNTED, FAINT
 from kptllm_core.instances import box_iou
 from kptllm_core.keypoints import SHOWN, KeypointSet
 from kptllm_core.predictor import Instance
+from kptllm_core.protocol import identity
 from kptllm_core.report import INSTANCES
 
 SIGMA = 0.05  # of every point in OKS: categories that nobody measured the annotators' spread on
@@ -89,11 +90,15 @@ def images_of(samples: Sequence[Sample]) -> list[list[Sample]]:
     return list(found.values())
 
 
-def draw_support(pool: Sequence[Sample], asked: Sequence[Sequence[Sample]], shots: int, rng: np.random.Generator) -> list[Sample]:
-    """`shots` objects that stand in none of the asked images, of other groups where there are enough. DataError if there are too few."""
-    images = {s.image_path for samples in asked for s in samples}
-    groups = {s.group for samples in asked for s in samples}
-    others = [s for s in pool if s.image_path not in images]
+def draw_support(pool: Sequence[Sample], asked: Sequence[Sequence[Sample]], shots: int, rng: np.random.Generator,
+                 same_pool: bool = True) -> list[Sample]:  # fmt: skip
+    """`shots` objects that stand in none of the asked images, of other groups where there are enough. DataError if there are too few.
+
+    same_pool: False for a folder of supports, whose groups mean nothing beside those of the images.
+    """
+    images = {identity(s.image_path) for samples in asked for s in samples}
+    groups = {s.group for samples in asked for s in samples} if same_pool else set()
+    others = [s for s in pool if identity(s.image_path) not in images]
     apart = [s for s in others if s.group not in groups]
     free = apart if len(apart) >= shots else others
     if len(free) < shots:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,19 +128,22 @@ def schema_of_category(category: dict[str, Any]) -> KeypointSchema:
 
 
 def write_coco(folder: Path, schema: KeypointSchema, items: Iterable[tuple[str, int, int, KeypointSet, str]]) -> None:
-    """The inverse of `load_coco` for one category. items: (file name, width, height, keypoints, group), one for each image."""
+    """The inverse of `load_coco` for one category, so an object without a box gets none. items: (file name, width, height, keypoints,
+    group), one for each object."""
     images, annotations = [], []
     for number, (name, width, height, points, group) in enumerate(items, 1):
         images.append({"id": number, "file_name": name, "width": width, "height": height, "group": group})
         points = points.reorder(schema.names)
-        box = points.object_box()
         flat = [round(float(v), 3) for row, s in zip(points.xy, points.visibility, strict=True) for v in (*row, int(s))]
-        around = [0, 0, width, height] if box is None else [round(float(v), 3) for v in box]
+        box = {} if points.box is None else {"bbox": [round(float(v), 3) for v in points.box], "area": float(np.prod(points.box[2:]))}
         annotations.append({"id": number, "image_id": number, "category_id": 1, "keypoints": flat, "iscrowd": 0,
-                            "num_keypoints": int(points.placed.sum()), "bbox": around, "area": around[2] * around[3]})  # fmt: skip
+                            "num_keypoints": int(points.placed.sum()), **box})  # fmt: skip
     skeleton, symmetric = ([[a + 1, b + 1] for a, b in pairs] for pairs in (schema.skeleton, schema.symmetric))
     category = {"id": 1, "name": schema.category, "keypoints": list(schema.names), "skeleton": skeleton, "symmetric": symmetric}
-    (folder / "annotations.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": [category]}))
+    with (folder / "annotations.json").open("w") as file:
+        json.dump({"images": images, "annotations": annotations, "categories": [category]}, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _placed(folder: Path, where: str, read: Callable[..., Any], *material: Any) -> Any:

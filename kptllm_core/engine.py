@@ -138,6 +138,7 @@ class Engine:
         if len(images) == 1:
             return [answers]
         log.warning("A batch of %d images failed (%s); each is tried alone.", len(images), answers.message)
+        give_back()
         return [answer for i in range(len(images)) for answer in self._predict(request, support, images[i : i + 1], queries[i : i + 1])]
 
     def _predict_objects(self, request: PredictRequest, support: list[Example], image: np.ndarray, asked: Objects) -> list[Instance] | KptError:
@@ -154,7 +155,7 @@ class Engine:
         except ArtifactError:
             raise
         except KptError as error:
-            return error
+            return bare(error)
         except Exception:
             log.exception("Predicting %d image(s) failed.", images)
             return KptError("The model failed on this image. The core's log says more.", code="internal")
@@ -262,11 +263,22 @@ def _memory_errors() -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back()
         raise Unavailable("The core ran out of memory on this input. Send smaller images or fewer support examples, or use a "
                           "smaller preset.", code="out_of_memory") from error  # fmt: skip
+
+
+def give_back() -> None:
+    """The GPU memory that torch keeps and nobody uses."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def bare(error: KptError) -> KptError:
+    """Without its traceback and its causes, which hold all that the failed call had in memory."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

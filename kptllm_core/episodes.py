@@ -73,19 +73,25 @@ class Source(Protocol):
 
 
 class Images:
-    """Decoded images, the most recently used ones kept."""
+    """Decoded images, the most recently used ones kept, up to `max_bytes` of them: photographs of cameras have 30 MB and more each."""
 
-    def __init__(self, keep: int = 4000) -> None:
-        self.keep = keep
-        self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
+    def __init__(self, max_bytes: int = 2**30) -> None:
+        self.max_bytes = max_bytes
+        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._bytes = 0
 
     def read(self, sample: Sample) -> np.ndarray:
         key = str(sample.image_path)
-        if key not in self._cache:
-            self._cache[key] = sample.read()
-            if len(self._cache) > self.keep:
-                self._cache.popitem(last=False)
-        return self._cache[key]
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        image = sample.read()
+        if image.nbytes <= self.max_bytes:
+            self._kept[key] = image
+            self._bytes += image.nbytes
+            while self._bytes > self.max_bytes:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return image
 
 
 CROWDED = 8  # objects of a rendered scene at most

@@ -57,7 +57,6 @@ __all__ = ["CopyPredictor", "Options", "add_arguments", "evaluate", "load_catego
 
 Answered = tuple[np.ndarray, KeypointSet, KeypointSet]  # image, predicted, truth
 Draw = Callable[[str, KeypointSchema, list[Example], list[Answered]], None]  # category, its schema, support, queries
-DECODED = 512  # images kept in memory; of public data sets, whose photographs are larger, an eighth of it
 
 
 def evaluate(
@@ -89,7 +88,7 @@ def _detection(
     predictor: PointPredictor, categories: Sequence[Category], options: Options, draw: Draw | None
 ) -> dict[str, Any]:
     pairs: list[Pair] = []
-    reader = _Reader(DECODED if options.protocol == "episodes" else DECODED // 8)
+    reader = _Reader()
     undrawn = {c.name for c in categories} if draw else set()
     seconds = 0.0
     plan, left_out = _plan(categories, options)
@@ -164,7 +163,7 @@ def _add_published(
 def _naming(predictor: Predictor, categories: Sequence[Category], options: Options) -> dict[str, Any]:
     """Names each placed point of up to episodes × queries objects: among all names, then among the category's own."""
     points: list[NamedPoint] = []
-    reader = _Reader(DECODED if options.protocol == "episodes" else DECODED // 8)
+    reader = _Reader()
     seconds, images = 0.0, 0
     for category, query in _progress([(c, q) for c in categories for q in _objects(c, options)]):
         own = list(category.schema.names)
@@ -185,7 +184,7 @@ def _naming(predictor: Predictor, categories: Sequence[Category], options: Optio
 def _instances(predictor: Predictor, categories: Sequence[Category], options: Options) -> dict[str, Any]:
     """All objects of up to episodes × queries whole images, each image asked once with one support set of its episode."""
     scenes: list[crowds.Scene] = []
-    reader = _Reader(DECODED // 8)
+    reader = _Reader()
     plan = [(c, e) for c in categories for e in _scenes(c, options)]
     begin = time.perf_counter()
     for category, (support, images) in _progress(plan):
@@ -209,11 +208,12 @@ def _scenes(category: Category, options: Options) -> list[tuple[list[Sample], li
     """Support objects, and the whole images that they are asked for: of other groups where there are enough."""
     rng = stream(category.name, options.seed)
     every = crowds.images_of([*category.samples, *category.empty])
+    same = category.supports is category.samples
     order = rng.permutation(len(every))[: options.episodes * options.queries]
     plan = []
     for start in range(0, len(order), options.queries):
         asked = [every[i] for i in order[start : start + options.queries]]
-        support = [] if options.shots == 0 else crowds.draw_support(category.supports, asked, options.shots, rng)
+        support = [] if options.shots == 0 else crowds.draw_support(category.supports, asked, options.shots, rng, same)
         plan.append((support, asked))
     return plan
 
@@ -249,9 +249,9 @@ def _upright(sample: Sample) -> Query:
 class _Reader:
     """Reads and turns images, keeping the last ones decoded; those that cannot be read are noted and left out."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self) -> None:
         self.unreadable: set[str] = set()
-        self._images = Images(keep)
+        self._images = Images()
 
     def read(self, queries: Iterable[Query], schema: KeypointSchema) -> list[tuple[np.ndarray, KeypointSet, Query]]:
         """(image, truth in the order of the schema, query) of each that can be read."""

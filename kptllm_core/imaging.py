@@ -19,6 +19,7 @@ from kptllm_core.geometry import Crop
 from kptllm_core.keypoints import KeypointSet, Visibility
 
 MAX_PIXELS = 100_000_000
+STRIP = 256  # rows
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM")
 PAPER = (124, 116, 104)  # what lies outside an image, in a crop: the mean colour of photographs
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -48,7 +49,7 @@ def read_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> np.n
         with contextlib.suppress(Exception):  # see image_size
             image = ImageOps.exif_transpose(image)
         return np.ascontiguousarray(_to_rgb(image))
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ImageError(f"The image ({image.format or 'unknown format'}, {len(source)} bytes) is damaged or cut short: {error}.") from None
 
 
@@ -83,12 +84,15 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.nan_to_num(np.asarray(image).astype(np.float64))
-        high = values.max(initial=0)
+        values = np.asarray(image)
+        rows = [slice(start, start + STRIP) for start in range(0, len(values), STRIP)]  # a float of each pixel at once may be too much
+        high = max((np.nan_to_num(values[part]).max(initial=0) for part in rows), default=0)
         # Integers of 16 bit have one scale whatever is in them; floats have none, so their range decides.
         top = 65535.0 if image.mode != "F" or high > 255 else 255.0 if high > 1 else 1.0
-        grey = np.clip(values / top * 255.0, 0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        rgb = np.empty((*values.shape, 3), np.uint8)
+        for part in rows:
+            rgb[part] = np.clip(np.nan_to_num(values[part].astype(np.float64)) / top * 255.0, 0, 255).astype(np.uint8)[..., None]
+        return rgb
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))

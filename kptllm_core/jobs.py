@@ -37,6 +37,7 @@ UNFINISHED = ("queued", "running")
 FAILED, STOPPED, LOCKED = 1, 75, 76  # exit codes of the trainer; 0 is success, all others are accidents
 MAX_RESTARTS = 3
 KEEP_SNAPSHOTS = 3  # finished rounds whose images stay linked, for a look by hand
+KEEP_FAILED = 50  # rounds that made no adapter, whose reason stays to be read
 GRACE = 20.0  # seconds that a trainer has to save its state
 HUNG = 1800.0  # seconds without any progress after which a trainer is taken for dead
 
@@ -47,7 +48,7 @@ class Job:
 
     id: str
     folder: Path
-    run: dict[str, Any]
+    run: dict[str, Any]  # of a finished round without its labels, which are large
     state: str = "queued"
     reason: str | None = None
     accidents: int = 0  # how often its trainer died
@@ -203,7 +204,9 @@ class JobQueue:
         if not isinstance(run, dict) or not isinstance(state, dict) or not {"name", "content", "base", "created", *PARTS} <= set(run):
             log.error("%s is no round; left alone.", folder)
             return None
-        return Job(folder.name, folder, run, state.get("state", "queued"), state.get("reason"), state.get("accidents", 0))
+        job = Job(folder.name, folder, run, state.get("state", "queued"), state.get("reason"), state.get("accidents", 0))
+        job.run = _without_labels(run) if job.finished else run
+        return job
 
     def _set(self, job: Job, state: str, reason: str | None = None) -> None:
         write_json(job.folder / "state.json", {"state": state, "reason": reason, "accidents": job.accidents})
@@ -213,6 +216,7 @@ class JobQueue:
         """The caller holds the lock."""
         self._set(job, state, reason)
         self.images.unpin(job.images())
+        job.run = _without_labels(job.run)
         log.info("Round %s is %s%s", job.name, state, f": {reason}" if reason else ".")
         for leftover in [*job.folder.glob(".adapter*"), *([] if state == "done" else [job.folder / "adapter"])]:
             shutil.rmtree(leftover, ignore_errors=True)
@@ -220,6 +224,9 @@ class JobQueue:
         for old in finished[:-KEEP_SNAPSHOTS]:
             for part in PARTS:
                 shutil.rmtree(old.folder / part, ignore_errors=True)
+        for old in [j for j in finished if j.state != "done"][:-KEEP_FAILED]:
+            del self._jobs[old.id]
+            shutil.rmtree(old.folder, ignore_errors=True)
 
     def _work(self) -> None:
         while not self._stopping.is_set():
@@ -323,6 +330,10 @@ class JobQueue:
         except ProcessLookupError:
             log.debug("Trainer %d left nothing behind.", process.pid)
         return process.wait()
+
+
+def _without_labels(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key not in PARTS}
 
 
 def _stamp(path: Path) -> int | None:

@@ -17,10 +17,10 @@ from kptllm_core.errors import InvalidInput, SchemaError
 
 MAX_KEYPOINTS = 256
 SHOWN = 0.2  # least score of an object that was found and is drawn: to delete one is a click, to add one takes a box and all its points
-_SIDES = (
-    ("left", "right"), ("links", "rechts"), ("gauche", "droite"), ("gauche", "droit"), ("izquierda", "derecha"),
-    ("izquierdo", "derecho"), ("l", "r"),
-)  # fmt: skip
+_SIDES = (("left", "right"), ("links", "rechts"), ("izquierda", "derecha"), ("izquierdo", "derecho"), ("l", "r"))
+_OTHER_SIDE = tuple(
+    {a: b for one, other in (*_SIDES, ("gauche", droite)) for a, b in ((one, other), (other, one))} for droite in ("droite", "droit")
+)
 
 
 class Visibility(IntEnum):
@@ -71,7 +71,8 @@ class KeypointSchema:
         """(K,) int: for each point, the point that takes its place in a mirrored image."""
         order = np.arange(len(self))
         for a, b in self.symmetric:
-            order[a], order[b] = b, a
+            if order[a] == a and order[b] == b:  # a point has one partner, the first one
+                order[a], order[b] = b, a
         return order
 
     def to_json(self) -> dict[str, Any]:
@@ -92,17 +93,17 @@ class KeypointSchema:
 
 
 def symmetric_pairs(names: Sequence[str]) -> tuple[tuple[int, int], ...]:
-    """Left/right pairs read from the names alone: `left_eye`/`right_eye`, `EyeL`/`EyeR`, `eye (left)`/`eye (right)`."""
+    """Left/right pairs read from the names alone: `left_eye`/`right_eye`, `EyeL`/`EyeR`, `eye (left)`/`eye (right)`, and
+    `left_eye_l`/`right_eye_r`: in a mirror every side is the other one. A point with two counterparts has none: which is its is not known."""
     words = [_words(name) for name in names]
     found: dict[tuple[str, ...], int] = {tuple(w): i for i, w in enumerate(words)}
-    pairs = set()
+    pairs: set[tuple[int, int]] = set()
     for i, parts in enumerate(words):
-        for left, right in _SIDES:
-            if left in parts:
-                j = found.get(tuple(right if p == left else p for p in parts))
-                if j is not None and j != i:
-                    pairs.add((min(i, j), max(i, j)))
-    return tuple(sorted(pairs))
+        for j in (found.get(tuple(side.get(p, p) for p in parts)) for side in _OTHER_SIDE):
+            if j is not None and j != i:
+                pairs.add((min(i, j), max(i, j)))
+    ends = [i for pair in pairs for i in pair]
+    return tuple(pair for pair in sorted(pairs) if all(ends.count(i) == 1 for i in pair))
 
 
 def _words(name: str) -> list[str]:
@@ -165,6 +166,8 @@ class KeypointSet:
 
     def reorder(self, names: tuple[str, ...]) -> KeypointSet:
         """The same points in the order of `names`; points that are missing here become NOT_LABELLED, others are dropped."""
+        if not self.names:
+            return KeypointSet(tuple(names), np.zeros((len(names), 2)), np.zeros(len(names)), np.zeros(len(names)), self.box)
         at = {n: i for i, n in enumerate(self.names)}
         index = np.array([at.get(n, -1) for n in names], dtype=int)
         known = index >= 0

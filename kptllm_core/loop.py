@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -151,7 +151,13 @@ class Loop:
         self.model.train()
         while self.used < 1:
             started = time.monotonic()
-            scores = self._step(pool, [next(batches) for _ in range(self.parts)])
+            try:
+                scores = self._step(pool, [_next(batches) for _ in range(self.parts)])
+            except RuntimeError:
+                if should_stop is None or not should_stop():
+                    raise
+                self.save()  # whoever asked this process to end asked its workers, too
+                return False
             self.spent += time.monotonic() - started
             recent = {k: v if k not in recent else recent[k] + 0.05 * (v - recent[k]) for k, v in scores.items()}
             if self.step % 50 == 0:
@@ -249,16 +255,27 @@ def _optimizer(named: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.Op
     return torch.optim.AdamW([{"params": v, "factor": f, "weight_decay": d} for (f, d), v in groups.items()], lr=recipe.rate, betas=(0.9, 0.98))
 
 
-def stream(sources: Sequence[tuple[Source, float]], tokenizer: Any, recipe: Recipe, size: int, start: int, parts: int = 1) -> Iterator[Batch]:
-    stream = Batches(sources, tokenizer, recipe, size, start, parts)
+def stream(sources: Sequence[tuple[Source, float]], tokenizer: Any, recipe: Recipe, size: int, start: int, parts: int = 1) -> Generator[Batch]:
+    """Batches without end. To be closed, which ends its workers."""
+    batches = Batches(sources, tokenizer, recipe, size, start, parts)
     ahead = 4 if recipe.workers else None
-    return iter(DataLoader(stream, batch_size=None, num_workers=recipe.workers, prefetch_factor=ahead, worker_init_fn=_leave_signals))
+    yield from DataLoader(batches, batch_size=None, num_workers=recipe.workers, prefetch_factor=ahead, worker_init_fn=_leave_signals)
+
+
+def _next(batches: Iterator[Batch]) -> Batch:
+    """A batch. What a worker raises comes with the worker's traceback in its message, the last line of which is for people."""
+    try:
+        return next(batches)
+    except KptError as error:
+        last = error.message.strip().splitlines()[-1]
+        trouble = type(error)(last.partition(f"{type(error).__name__}: ")[2] or last)
+    raise trouble
 
 
 def _leave_signals(_: int) -> None:
-    """Ctrl-C reaches the whole process group; the loop decides when it ends, and takes its workers along."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+    """Ctrl-C reaches the whole process group; the loop decides when it ends, and takes its workers along (by SIGTERM, if need be)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def best_device() -> torch.device:

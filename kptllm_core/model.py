@@ -25,6 +25,8 @@ from kptllm_core.language import Questions
 from kptllm_core.prompts import PromptFeatureExtractor, ShotAttention
 from kptllm_core.vision import Features, build_encoder
 
+MAX_TOKENS = 2048  # of all questions in one pass: its mask grows with their square
+
 
 class Asked(NamedTuple):
     """Questions as tensors. tokens: (B, K, T); prompted, valid: (B, K) bool; length: (B, K)."""
@@ -90,6 +92,11 @@ class KptLLM(nn.Module):
         Returns the states of all tokens (B, K, T, D) and those of `<keypoint>` (B, K, D).
         """
         batch, count, width = asked.tokens.shape
+        most = max(MAX_TOKENS // width, 1)
+        if count > most:  # segments never see each other, so more passes answer the same
+            some = [slice(start, start + most) for start in range(0, count, most)]
+            parts = [self.ask(features, prefix, prompts[:, s], Asked(*(t[:, s] for t in asked))) for s in some]
+            return torch.cat([states for states, _ in parts], 1), torch.cat([last for _, last in parts], 1)
         embed = self.llm.get_input_embeddings()
         image = self.image_tokens(F.avg_pool2d(features.coarse, 2).flatten(2).transpose(1, 2))
         set_tokens = self.prompt_token(prefix.token) * prefix.known.unsqueeze(-1)
@@ -172,7 +179,7 @@ def build_llm(config: dict[str, Any], vocabulary: int) -> Any:
     """A causal LLM from a hub name or from a transformers config, with room for the tokenizer's vocabulary."""
     values = dict(config)
     if "hub" in values:
-        llm = AutoModelForCausalLM.from_pretrained(values["hub"])
+        llm = AutoModelForCausalLM.from_pretrained(values["hub"], dtype=torch.float32)
     else:
         llm = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), vocab_size=vocabulary, **values))
     if llm.get_input_embeddings().weight.shape[0] < vocabulary:

@@ -57,6 +57,8 @@ class Category:
     supports: Sequence[Sample]
     empty: Sequence[Sample] = ()
     """Images without such an object, as objects without a point."""
+    unseen: frozenset[str] | None = None
+    """The groups of its folder that pretraining never sees; None: as if its samples were the whole folder."""
 
 
 def load_categories(folders: Sequence[Path], support: Path | None = None) -> list[Category]:
@@ -65,12 +67,13 @@ def load_categories(folders: Sequence[Path], support: Path | None = None) -> lis
     found: dict[str, Category] = {}
     for folder in folders:
         data = load_coco(folder)
+        unseen = frozenset(held_out(s.group for s in data.samples))
         for name, samples in _by_category(data).items():
             supports = _matching(name, samples[0].schema, pool, support) if support else samples
             key = name if name not in found else f"{folder.name}/{name}"
             if key in found:
                 raise DataError(f"Category '{name}' of {folder} is given twice. Name each folder once.")
-            found[key] = Category(key, samples[0].schema, samples, supports, data.empty)
+            found[key] = Category(key, samples[0].schema, samples, supports, data.empty, unseen)
     return list(found.values())
 
 
@@ -83,7 +86,7 @@ def part_of(categories: Sequence[Category], part: str) -> list[Category]:
         return list(categories)
     found = []
     for category in categories:
-        unseen = held_out(s.group for s in category.samples)
+        unseen = held_out(s.group for s in category.samples) if category.unseen is None else category.unseen
         samples = [s for s in category.samples if (s.group in unseen) == (part == "heldout")]
         same_pool = category.supports is category.samples
         if samples:
@@ -123,7 +126,7 @@ def draw_episodes(
     """The episodes of a category. Fewer queries where it is small; DataError where none is left beside the supports."""
     rng = stream(category.name, seed)
     samples = category.samples
-    images = [_identity(s.image_path) for s in samples]
+    images = [identity(s.image_path) for s in samples]
     same_pool = category.supports is samples
     drawn = []
     for _ in range(episodes):
@@ -173,7 +176,7 @@ def _draw_support(category: Category, shots: int, rng: np.random.Generator) -> l
 
 def _free_queries(category: Category, images: list[tuple[int, int]], support: list[Sample]) -> list[int]:
     """Indices of the samples that may be asked beside these supports. `images`: identity of each sample's image."""
-    taken = {_identity(s.image_path) for s in support}
+    taken = {identity(s.image_path) for s in support}
     others = [i for i, image in enumerate(images) if image not in taken]
     if category.supports is not category.samples:
         return others  # a folder of supports was named: its groups mean nothing here
@@ -182,7 +185,7 @@ def _free_queries(category: Category, images: list[tuple[int, int]], support: li
     return apart or others
 
 
-def _identity(path: Path) -> tuple[int, int]:
+def identity(path: Path) -> tuple[int, int]:
     """Of the image file; hard links share it, so that a support folder cut from the data does not leak into queries."""
     try:
         status = path.stat()

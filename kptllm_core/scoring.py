@@ -86,11 +86,13 @@ class Question:
     box: np.ndarray | None
 
 
-def measure(predicted: KeypointSet, truth: KeypointSet, counted: np.ndarray) -> Measured:
-    """Distances and scores of the `counted` (K,) points of the truth. A point that was given no position is `MISSED`."""
+def measure(predicted: KeypointSet, truth: KeypointSet, counted: np.ndarray, drawn: bool = False) -> Measured:
+    """Distances and scores of the `counted` (K,) points of the truth. A point that was given no position is `MISSED`; if only
+    `drawn` ones count, so is one that is said to be absent, wherever it would be."""
     predicted = predicted.reorder(truth.names)
     distance = metrics.normalised_distance(predicted.xy, truth.xy, true_box(truth))
-    distance = np.where(predicted.visibility == Visibility.NOT_LABELLED, metrics.MISSED, distance)
+    missed = ~predicted.placed if drawn else predicted.visibility == Visibility.NOT_LABELLED
+    distance = np.where(missed, metrics.MISSED, distance)
     names = tuple(name for name, counts in zip(truth.names, counted, strict=True) if counts)
     return Measured(names, distance[counted], predicted.score[counted].astype(np.float64))
 
@@ -102,8 +104,9 @@ def predict_and_measure(
     support: Sequence[Example],
     prompt: str = "auto",
     counted_in: Sequence[Example] = (),
+    drawn: bool = False,
 ) -> tuple[list[Measured], list[KeypointSet]]:
-    """What a predictor answers, and how far off it is. A point counts if it is placed in the truth and in `counted_in`."""
+    """What a predictor answers, and how far off it is. A point counts if it is placed in the truth and in `counted_in`. drawn: see `measure`."""
     predicted = predictor.predict(
         [q.image for q in questions], schema, support=support, boxes=[q.box for q in questions], prompt=prompt
     )
@@ -112,7 +115,7 @@ def predict_and_measure(
         counted = question.truth.placed
         for example in counted_in:
             counted = counted & example.keypoints.reorder(question.truth.names).placed
-        measured.append(measure(points, question.truth, counted))
+        measured.append(measure(points, question.truth, counted, drawn))
     return measured, predicted
 
 
@@ -122,8 +125,9 @@ def score_predictor(
     schema: KeypointSchema,
     support: Sequence[Example],
     boxes: str = "found",
+    drawn: bool = False,
 ) -> dict[str, Any]:
-    """The accuracy on labelled images as serving would answer them.
+    """The accuracy on labelled images as serving would answer them. drawn: a point that serving would not draw is missed.
 
     Every placed point of the truth counts; objects without any are left out. The unit is the truth's box, see `with_box`.
     samples: (image (H, W, 3) uint8, truth) each; boxes: `found` hands over no box, `given` the true one.
@@ -136,7 +140,7 @@ def score_predictor(
     questions = [Question(image, truth, box_handed(true_box(truth), boxes)) for image, truth in truths]
     measured: list[Measured] = []
     for start in range(0, len(questions), BATCH):
-        measured += predict_and_measure(predictor, questions[start : start + BATCH], schema, support)[0]
+        measured += predict_and_measure(predictor, questions[start : start + BATCH], schema, support, drawn=drawn)[0]
     distances = [m.distance for m in measured]
     points = sum(map(len, distances))
     return {

@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
     before = store.load_checkpoint(start) if start is not None else None
     if before is not None:
         take_over(built, tokenizer, before)
-    about = {"model": config.name, "adapter": False, "data": data_hash(data), "start": before.base if before else None, "words": len(tokenizer)}
+    words = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+    about = {"model": config.name, "adapter": False, "data": data_hash(data), "start": before.base if before else None, "words": words}
     loop = Loop(built, recipe, state, device, about)
     resumed = loop.resume() if resume else False
     images, shape = Images(), Augmentation()
@@ -95,8 +97,8 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
         draw_curve(loop.curve, out / "curve.png")
         return metrics
 
-    batches = stream(sources, tokenizer, recipe, config.image_size, loop.step, loop.parts)
-    return publish() if loop.run(batches, progress, should_stop, publish) else None
+    with closing(stream(sources, tokenizer, recipe, config.image_size, loop.step, loop.parts)) as batches:
+        return publish() if loop.run(batches, progress, should_stop, publish) else None
 
 
 def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: Path | None = None,
@@ -130,8 +132,9 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     images = Images()
     sources: list[tuple[Source, float]] = [(Labelled(samples, shape, recipe.max_points, images), 1 - recipe.self_pairs),
                                            (SelfPairs(samples, shape, recipe.max_points, images), recipe.self_pairs)]  # fmt: skip
-    batches = stream(sources, found.tokenizer, recipe, model.config.image_size, loop.step, loop.parts)
-    if not loop.run(batches, progress, should_stop):
+    with closing(stream(sources, found.tokenizer, recipe, model.config.image_size, loop.step, loop.parts)) as batches:
+        finished = loop.run(batches, progress, should_stop)
+    if not finished:
         raise InvalidInput(f"The round was stopped at step {loop.step}. Its state is kept; resume to go on.")
     model.eval()
     metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "images": len({s.image_path for s in labelled}),

@@ -2,7 +2,8 @@
 
 prepare (COCO folders from run.json) → train the adapter → score parent and adapter on `heldout` as serving answers → result.json.
 Each step starts from what an earlier, killed trainer left. It runs at low priority and dies with the core that started it.
-Exit codes: 0 done, 1 given up (failure.json says why), 75 stopped and resumable, 76 another trainer holds this round.
+Exit codes: 0 done, 1 given up (failure.json says why), 75 stopped and resumable, 76 another trainer holds this round, 77 an accident:
+worth another try.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import fcntl
+import gc
 import json
 import logging
 import os
@@ -39,6 +41,7 @@ log = logging.getLogger("kptllm_core.trainer")
 LOCK_SECONDS = 10.0  # a killed trainer may take a moment to vanish
 SCORED_AT_ONCE = 16
 REPORT_EVERY = 0.25  # seconds between two progress files
+ACCIDENT = 77  # exit code: something killed a part of this trainer
 SMALL_AFTER = 2  # accidents after which the round goes on with a smaller batch
 
 
@@ -100,14 +103,21 @@ class Round:
 
             state = read_json(self.folder / "state.json") or {}
             small = replace(ADAPT, episodes=1)
-            try:
-                self._train(out, small if state.get("accidents", 0) >= SMALL_AFTER else ADAPT)
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
+            if not self._fits(out, small if state.get("accidents", 0) >= SMALL_AFTER else ADAPT):
                 log.warning("Out of memory; going on with a smaller batch.")
+                gc.collect()  # the first try's model, and the process that read its images
                 self._train(out, small)
         return json.loads((out / "metrics.json").read_text())
+
+    def _fits(self, out: Path, recipe: Any) -> bool:
+        """Trains; False if there was not enough memory. Whoever tries again must not hold the error, which holds all that took it."""
+        try:
+            self._train(out, recipe)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _train(self, out: Path, recipe: Any) -> None:
         from kptllm_core.checkpoint import load_checkpoint
@@ -152,7 +162,7 @@ class Round:
             for start in range(0, len(asked), SCORED_AT_ONCE):
                 self.report(phase="scoring")
                 read = [(sample.read(), sample.keypoints) for sample in asked[start : start + SCORED_AT_ONCE]]
-                parts.append(score_predictor(predictor, read, self.schema, support, boxes))
+                parts.append(score_predictor(predictor, read, self.schema, support, boxes, drawn=True))
         return pooled(parts)
 
     def _samples(self, part: str) -> list[Sample]:
@@ -247,6 +257,8 @@ def run(folder: Path, should_stop: Callable[[], bool]) -> int:
         return STOPPED
     except Exception as error:
         log.exception("The round failed.")
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            return ACCIDENT  # the process that reads images was killed, for want of memory as a rule
         write_json(folder / "failure.json", _reason(error).to_json())
         return FAILED
 

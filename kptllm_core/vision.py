@@ -161,7 +161,7 @@ class TransformersEncoder(nn.Module):
     def __init__(self, channels: tuple[int, int, int], hub: str | None = None, config: dict[str, Any] | None = None, stem: int = 32) -> None:
         super().__init__()
         if hub is not None:
-            self.backbone = AutoModel.from_pretrained(hub)
+            self.backbone = AutoModel.from_pretrained(hub, dtype=torch.float32)
         else:
             values = dict(config or {})
             self.backbone = AutoModel.from_config(AutoConfig.for_model(values.pop("model_type"), **values))

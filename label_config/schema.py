@@ -196,10 +196,10 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
     category = kind or (box.labels[0] if box and len(box.labels) == 1 else "object")
     words = {word: i for group in (names, wire, shown) for i, word in enumerate(group)}
     if element.get("model_symmetric") is None:
-        symmetric = clear_symmetric_pairs(names) or clear_symmetric_pairs(shown)
+        symmetric = symmetric_pairs(names) or symmetric_pairs(shown)
     else:
         symmetric = _pairs(element, "model_symmetric", words)
-        if len(_disjoint(symmetric)) < len(symmetric):
+        if len({i for pair in symmetric for i in pair}) < 2 * len(symmetric):
             raise SchemaError(
                 f"model_symmetric of {show(element)} names a point in two pairs; a point has one mirror image."
             )
@@ -324,14 +324,3 @@ def _pairs(element: Element, attribute: str, words: dict[str, int]) -> tuple[tup
     if any(a == b for a, b in pairs):
         raise SchemaError(f"{attribute} of {show(element)} pairs a point with itself: {text[:80]}")
     return pairs
-
-
-def clear_symmetric_pairs(names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Left/right pairs read from the names, where each point has one counterpart only."""
-    return _disjoint(symmetric_pairs(names))
-
-
-def _disjoint(pairs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Without the pairs that share a point with another: their mirror image is not known."""
-    ends = [i for pair in pairs for i in pair]
-    return tuple(pair for pair in pairs if all(ends.count(i) == 1 for i in pair))

@@ -12,8 +12,7 @@ import re
 from xml.sax.saxutils import quoteattr
 
 from kptllm_core.errors import SchemaError
-from kptllm_core.keypoints import KeypointSchema
-from label_config.schema import clear_symmetric_pairs
+from kptllm_core.keypoints import KeypointSchema, symmetric_pairs
 
 # Label Studio 1.23 has b e h k m o p r u v w for its tools and regions, shift+1, shift+2 and shift+r for the view.
 _FREE = "qtasdfgzxcyijln"
@@ -39,7 +38,7 @@ def config_of(schema: KeypointSchema, box: bool = False) -> str:
         attributes["model_category"] = schema.category
     if schema.skeleton:
         attributes["model_skeleton"] = _pairs_text(schema, schema.skeleton)
-    if set(schema.symmetric) != set(clear_symmetric_pairs(schema.names)):
+    if set(schema.symmetric) != set(symmetric_pairs(schema.names)):
         attributes["model_symmetric"] = _pairs_text(schema, schema.symmetric)
     lines = ["<View>", _tag("Image", {"name": "image", "value": "$image", "zoom": "true", "zoomControl": "true"}, 1)]
     if box:

@@ -103,6 +103,12 @@ def test_publishing_is_whole_or_nothing(tmp_path: Path) -> None:
         publish(folder, fails)
     assert (folder / "a").read_text() == "1"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    folder.rename(tmp_path / ".x.123.old")  # where a kill between two renames leaves it
+    with pytest.raises(OSError, match="disk full"):
+        publish(folder, fails)
+    assert (folder / "a").read_text() == "1"
+    publish(folder, lambda new: (new / "a").write_text("3"))
+    assert (folder / "a").read_text() == "3" and [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("name", [n for n in preset_names() if (PRESETS / n / WEIGHTS).is_file()])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kptllm_core.__main__ import main
-from kptllm_core.crowds import Scene, figures, hits, summary
+from kptllm_core.crowds import Scene, draw_support, figures, hits, summary
 from kptllm_core.dataset import load_coco
+from kptllm_core.errors import DataError
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.predictor import Instance
 from kptllm_core.synthetic import Category, write_dataset
@@ -46,6 +49,16 @@ def test_of_two_boxes_on_one_object_the_surer_is_right() -> None:
     iou = np.array([[0.9, 0.0], [0.6, 0.0], [0.0, 0.4]])
     assert hits(np.array([0.3, 0.8, 0.9]), iou).tolist() == [False, True, False]
     assert hits(np.array([0.5]), np.zeros((1, 0))).tolist() == [False] and hits(np.zeros(0), np.zeros((0, 2))).tolist() == []
+
+
+def test_a_support_folder_of_hard_links_shows_no_asked_image(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "scenes", Category.sample(np.random.default_rng(5)), 4, seed=1, size=64)
+    shutil.copytree(tmp_path / "scenes", tmp_path / "links", copy_function=os.link)
+    asked, pool = (load_coco(tmp_path / name).samples for name in ("scenes", "links"))
+    drawn = draw_support(pool, [asked[:3]], 1, np.random.default_rng(0), same_pool=False)
+    assert [s.image_path.name for s in drawn] == [asked[3].image_path.name]
+    with pytest.raises(DataError, match="1 objects are left"):
+        draw_support(pool, [asked[:3]], 2, np.random.default_rng(0), same_pool=False)
 
 
 def test_rendered_scenes_are_evaluated_from_a_folder(tmp_path: Path) -> None:

@@ -32,6 +32,15 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     assert (sample.width, sample.height) == (100, 80)
 
 
+def test_an_object_without_a_box_is_read_again_without_one(tmp_path: Path) -> None:
+    """Else its bare hull would be taken for a box that a person drew."""
+    schema = KeypointSchema(("a", "b"))
+    points = KeypointSet(schema.names, np.array([[10.0, 10.0], [110.0, 60.0]]), np.array([2, 2]))
+    write_coco(tmp_path, schema, [("x.jpg", 200, 80, points, "g")])
+    [sample] = load_coco(tmp_path).samples
+    assert sample.keypoints.box is None
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kptllm_core.dataset import held_out
+from kptllm_core.dataset import held_out, load_coco
 from kptllm_core.errors import DataError, InvalidInput
 from kptllm_core.evaluate import CopyPredictor, Options, evaluate, load_categories, score_predictor, write_sheet
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
@@ -447,6 +447,35 @@ def test_score_predictor_counts_every_placed_point(tmp_path: Path) -> None:
     }
     with pytest.raises(InvalidInput, match="found or given"):
         score_predictor(CopyPredictor(), [], schema, support, boxes="jittered")
+
+
+def test_a_point_that_would_not_be_drawn_is_missed_where_drawn_ones_count(tmp_path: Path) -> None:
+    """An adapter that calls what is there absent leaves people more to do, wherever it would have put it."""
+
+    class Shy(CopyPredictor):
+        def predict(self, *args: Any, **options: Any) -> list[KeypointSet]:
+            found = super().predict(*args, **options)
+            return [KeypointSet(p.names, p.xy, np.full(len(p), Visibility.ABSENT), p.score, p.box) for p in found]
+
+    samples = [(s.read(), s.keypoints) for s in json_samples(write_folder(tmp_path / "a", 4))]
+    asked = (samples[1:], KeypointSchema(NAMES, "mouse"), [Example(*samples[0])], "given")
+    assert score_predictor(Shy(), *asked)["pck"]["0.1"] == 1.0
+    assert score_predictor(Shy(), *asked, drawn=True)["pck"]["0.1"] == 0.0
+    assert score_predictor(CopyPredictor(), *asked, drawn=True)["pck"]["0.1"] == 1.0
+
+
+def test_a_group_is_held_out_for_the_whole_folder(tmp_path: Path) -> None:
+    """Training decides so: a category without one of the folder's unseen groups has none of its own."""
+    folder = write_folder(tmp_path / "a", 40, groups=20)
+    unseen = held_out(s.group for s in load_coco(folder).samples)
+    content = json.loads((folder / "annotations.json").read_text())
+    groups = {i["id"]: i["group"] for i in content["images"]}
+    content["categories"].append({**content["categories"][0], "id": 2, "name": "rat"})
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1 if groups[annotation["image_id"]] in unseen else 2
+    (folder / "annotations.json").write_text(json.dumps(content))
+    kinds = load_categories([folder])
+    assert [c.name for c in part_of(kinds, "heldout")] == ["mouse"] and [c.name for c in part_of(kinds, "train")] == ["rat"]
 
 
 def json_samples(folder: Path) -> Any:

@@ -46,6 +46,24 @@ def test_floats_from_zero_to_one_are_no_black_picture() -> None:
     assert 110 < int(image[0, 32, 0]) < 145
 
 
+def test_too_little_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_little(image: Image.Image) -> None:
+        raise MemoryError
+
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    monkeypatch.setattr("kptllm_core.imaging._to_rgb", too_little)
+    with pytest.raises(MemoryError):
+        read_image(file.getvalue())
+
+
+def test_a_tall_image_of_16_bits_is_read_in_strips() -> None:
+    tall = np.linspace(0, 65535, 600 * 3).astype(np.uint16).reshape(600, 3)
+    file = io.BytesIO()
+    Image.fromarray(tall).save(file, "PNG")
+    assert np.array_equal(read_image(file.getvalue())[..., 0], (tall / 65535 * 255).astype(np.uint8))
+
+
 def test_a_dark_image_of_16_bits_stays_dark() -> None:
     dark = Image.fromarray(np.full((8, 8), 200, np.uint16))
     assert read_image(encoded(dark)).max() < 3

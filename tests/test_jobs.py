@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from kptllm_core import jobs
 from kptllm_core.errors import ArtifactError, Conflict, NotFound
 from kptllm_core.jobs import PARTS, JobQueue
 from kptllm_core.messages import RoundRequest
@@ -85,12 +86,13 @@ def test_a_round_goes_from_the_queue_to_a_published_adapter(core: Callable[..., 
     it = core(FINISH)
     job = it.submit("a+r1")
     assert it.queue.get(job).to_json()["state"] == "queued" and it.queue.queued == 1 and it.queue.running is None
+    asked = it.queue.get(job).images()
     it.queue.start()
     done = it.wait(job, "done")
     assert done["result"] == {"adapter": "a+r1"} and done["reason"] is None
     assert "a+r1" in it.adapters and it.queue.queued == 0 and it.queue.running is None
     folder = it.queue.get(job).folder
-    assert {p.name for part in PARTS for p in (folder / part / "images").iterdir()} == set(it.queue.get(job).images())
+    assert {p.name for part in PARTS for p in (folder / part / "images").iterdir()} == asked
 
 
 def test_the_same_request_is_one_job_and_a_name_has_one_owner(core: Callable[..., Core]) -> None:
@@ -115,15 +117,16 @@ def test_the_same_request_is_one_job_and_a_name_has_one_owner(core: Callable[...
 def test_images_of_unfinished_rounds_stay_and_a_missing_one_leaves_no_job(core: Callable[..., Core], tmp_path: Path) -> None:
     it = core(SLEEP)
     job = it.submit("a")
+    asked = it.queue.get(job).images()
     it.images.max_bytes = 1
     request = it.ask("b", images="xy")
-    assert not it.images.missing(it.queue.get(job).images()), "evicted though a round needs it"
+    assert not it.images.missing(asked), "evicted though a round needs it"
     assert it.images.missing(request.images())
     with pytest.raises(NotFound, match="not in the core's store"):
         it.queue.submit(request, "tiny-00000000", "tiny", "cpu")
     assert [p.name for p in (tmp_path / "rounds").iterdir()] == [job]
     it.queue.cancel(job)
-    assert it.images.missing(it.queue.get(job).images()), "free to go once the round is over"
+    assert it.images.missing(asked), "free to go once the round is over"
 
 
 def test_a_killed_trainer_is_started_again_three_times(core: Callable[..., Core]) -> None:
@@ -251,6 +254,22 @@ def test_old_snapshots_let_go_of_their_images(core: Callable[..., Core]) -> None
         it.wait(job, "done")
     kept = [(it.queue.get(job).folder / "train").exists() for job in jobs]
     assert kept == [False, False, True, True, True]
+
+
+def test_finished_rounds_hold_no_labels_and_old_failures_go(core: Callable[..., Core], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "KEEP_FAILED", 2)
+    it = core("(run / 'failure.json').write_text(json.dumps({'message': 'no'})); sys.exit(1)")
+    it.queue.start()
+    asked = []
+    for n in range(4):
+        asked.append(it.submit(f"r{n}"))
+        it.wait(asked[-1], "failed")
+    assert not {*PARTS} & it.queue.get(asked[3]).run.keys() and it.queue.submit(it.ask("r3"), "tiny-00000000", "tiny", "cpu").id == asked[3]
+    with pytest.raises(NotFound):
+        it.queue.get(asked[1])
+    assert sorted(p.name for p in (tmp_path / "rounds").iterdir()) == sorted(asked[2:])
+    again = core(FINISH)
+    assert again.queue.get(asked[2]).state == "failed" and not {*PARTS} & again.queue.get(asked[2]).run.keys()
 
 
 def test_the_trainer_gets_no_token(core: Callable[..., Core], monkeypatch: pytest.MonkeyPatch) -> None:

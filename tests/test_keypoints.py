@@ -18,6 +18,8 @@ from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility, symme
         (("LShoulder", "RShoulder"), ()),  # one word: no side can be read off safely
         (("head", "tail"), ()),
         (("oeil gauche", "oeil droit"), ((0, 1),)),
+        (("patte gauche", "patte droite", "main droit"), ((0, 1),)),
+        (("left_eye_l", "left_eye_r", "right_eye_l", "right_eye_r"), ((0, 3), (1, 2))),
     ],
 )
 def test_symmetric_pairs_are_read_from_names(names: tuple[str, ...], pairs: tuple[tuple[int, int], ...]) -> None:
@@ -28,6 +30,16 @@ def test_a_mirror_is_its_own_inverse() -> None:
     schema = KeypointSchema(("a", "left_b", "right_b"), symmetric=((1, 2),))
     assert schema.mirror().tolist() == [0, 2, 1]
     assert schema.mirror()[schema.mirror()].tolist() == [0, 1, 2]
+
+
+def test_pairs_that_share_a_point_leave_a_mirror_a_permutation() -> None:
+    schema = KeypointSchema(("a", "b", "c", "d"), symmetric=((0, 1), (0, 2), (1, 3), (2, 3)))
+    assert schema.mirror().tolist() == [1, 0, 3, 2]
+
+
+def test_a_set_without_points_knows_none_of_them() -> None:
+    nothing = KeypointSet((), np.zeros((0, 2)), np.zeros(0)).reorder(("a", "b"))
+    assert nothing.names == ("a", "b") and not nothing.placed.any()
 
 
 @pytest.mark.parametrize("bad", [(), ("a", "a")])

@@ -10,11 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from kptllm_core.adapters import AdapterSwitch, adapter_state, add_lora
+from kptllm_core.checkpoint import load_checkpoint
 from kptllm_core.config import ModelConfig, model_folder
 from kptllm_core.decoder import Answer, peak, robust_fit, similarity_fit
 from kptllm_core.geometry import similarity_crop
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
-from kptllm_core.model import KptLLM, block_mask, packed
+from kptllm_core.language import write_questions
+from kptllm_core.model import Asked, KptLLM, block_mask, packed
 from kptllm_core.predictor import Example, Predictor, load_predictor
 from kptllm_core.synthetic import Category
 
@@ -187,11 +189,12 @@ def test_backbones_of_transformers_load_from_their_own_format(tmp_path: Path) ->
     llm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                                                                 num_attention_heads=4, num_key_value_heads=2))  # fmt: skip
     vision.save_pretrained(tmp_path / "vision")
-    llm.save_pretrained(tmp_path / "llm")
+    llm.bfloat16().save_pretrained(tmp_path / "llm")  # as most of the hub's are
     small = ModelConfig.load(model_folder("tiny"))
     config = ModelConfig(**{**vars(small), "name": "mixed", "vision": {"type": "transformers", "hub": str(tmp_path / "vision")},
                             "llm": {"hub": str(tmp_path / "llm")}})  # fmt: skip
     model = KptLLM(config, 600).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert torch.equal(model.vision.backbone.layernorm.weight, vision.layernorm.weight)
     with torch.inference_mode():
         features = model.encode(torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8))
@@ -201,6 +204,20 @@ def test_backbones_of_transformers_load_from_their_own_format(tmp_path: Path) ->
     assert [tuple(f.shape[-2:]) for f in features] == [(16, 16), (8, 8), (4, 4)]
     # Before any training, correlation alone finds each point in its own image.
     assert (peak(heat) - xy[:, 0]).norm(dim=-1).median() < 0.15
+
+
+def test_more_questions_than_a_pass_holds_are_answered_the_same(tiny_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load_checkpoint(tiny_model)
+    names = ["nose", "left front paw", "tail", "ear", "eye", "neck", "hoof"]
+    asked = Asked.of(write_questions(found.tokenizer, names, [True] * 7), 2, torch.device("cpu"))
+    with torch.inference_mode():
+        features = found.model.encode(torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8))
+        support = found.model.support([features], torch.rand(2, 1, 7, 2), torch.ones(2, 1, 7, dtype=torch.bool))
+        whole = found.model.ask(features, support, support.token, asked)
+        monkeypatch.setattr("kptllm_core.model.MAX_TOKENS", 3 * asked.tokens.shape[-1])
+        parts = found.model.ask(features, support, support.token, asked)
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_a_point_that_the_others_expect_beyond_the_border_is_absent(tiny_model: str) -> None:

@@ -263,6 +263,14 @@ def test_a_batch_that_fails_is_tried_one_by_one(client: FlaskClient, predictor: 
     assert "secret" not in json.dumps(answer) and predictor.batches == [4, 1, 1, 1, 1]
 
 
+def test_a_given_set_without_points_is_an_answer_and_no_trouble(client: FlaskClient) -> None:
+    data = picture(1)
+    upload(client, data)
+    fixed = {"names": [], "xy": [], "visibility": []}
+    answer = client.post("/predict", json={"schema": SCHEMA, "queries": [{"image": sha(data), "fixed": fixed}, {"image": sha(data)}]})
+    assert answer.status_code == 200 and "keypoints" in answer.get_json()["results"][1]
+
+
 def test_large_requests_are_cut_into_batches(client: FlaskClient, predictor: TimedPredictor) -> None:
     data = picture(1)
     upload(client, data)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -16,6 +19,7 @@ from kptllm_core.checkpoint import load_checkpoint
 from kptllm_core.dataset import held_out, load_coco
 from kptllm_core.episodes import (
     Augmentation,
+    Images,
     Labelled,
     Rendered,
     SelfPairs,
@@ -37,6 +41,29 @@ STILL = Augmentation(upright=1.0, anyway=0.0, loose=0.0, colour=0.0, flip=0.0)
 
 def adapt(**changes: object) -> Recipe:
     return Recipe(**{**vars(ADAPT), "workers": 0, "episodes": 1, **changes})  # type: ignore[arg-type]
+
+
+def test_images_are_kept_up_to_so_many_bytes(coco_folder: Path) -> None:
+    samples = load_coco(coco_folder).samples
+    each = samples[0].read().nbytes
+    images = Images(2 * each)
+    first = images.read(samples[0])
+    assert images.read(samples[0]) is first
+    images.read(samples[1])
+    images.read(samples[0])
+    images.read(samples[2])  # the second one has to go
+    assert images.read(samples[0]) is first and len(images._kept) == 2
+    assert Images(each - 1).read(samples[0]).shape == first.shape
+
+
+def test_what_a_worker_raises_is_told_without_its_traceback(coco_folder: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(coco_folder, tmp_path / "data")
+    for path in (data / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:-40])
+    flags = ["--lora", "--model", "tiny", "--data", str(data), "--out", str(tmp_path / "a"), "--steps", "1"]
+    ended = subprocess.run([sys.executable, "-m", "kptllm_core", "train", *flags], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert ended.stderr.count("error: ") == 1 and "damaged or cut short" in ended.stderr
 
 
 def test_the_points_of_an_episode_stay_on_their_spots() -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,35 @@ def test_out_of_memory_is_tried_once_with_a_smaller_batch(tmp_path: Path, monkey
     assert sizes[2:] == [1], "after being killed twice it begins with the smaller one"
 
 
+def test_the_smaller_try_has_the_memory_of_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        pass
+
+    made: list[weakref.ref[Model]] = []
+
+    def train(self: Round, out: Path, recipe: Any) -> None:
+        if not made:
+            model = Model()
+            made.append(weakref.ref(model))
+            raise MemoryError
+        assert made[0]() is None, "the first try's model is still there"
+        out.mkdir()
+        (out / "metrics.json").write_text("{}")
+
+    monkeypatch.setattr(Round, "_train", train)
+    Round(a_round(tmp_path, {"train": [picture(1)], "heldout": [picture(3)]})).train()
+    assert made
+
+
+def test_a_killed_helper_is_an_accident_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(self: Round, out: Path, recipe: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(Round, "_train", train)
+    folder = a_round(tmp_path, {"train": [picture(1)], "heldout": [picture(3)]})
+    assert run(folder, lambda: False) not in (0, FAILED, STOPPED) and not (folder / "failure.json").exists()
+
+
 def test_an_adapter_that_is_there_is_not_trained_again(tmp_path: Path) -> None:
     folder = a_round(tmp_path, {"train": [picture(1)], "heldout": [picture(3)]}, model="no such model")
     (folder / "adapter").mkdir()
@@ -158,7 +188,7 @@ def test_objects_of_a_crowd_are_judged_with_their_own_box(tmp_path: Path) -> Non
 
     example = Example(np.zeros((7, 9, 3), np.uint8), KeypointSet(("nose", "tail"), np.array([[1, 2], [7, 5.5]]), np.array([2, 2])))
     figures = it._score(Watched(), [example])  # type: ignore[arg-type]
-    assert told == [None, pytest.approx([2, 2, 5, 3.5]), [1, 1, 5, 5]]
+    assert told == [None, pytest.approx([1.5, 1.5, 6, 4.5]), [1, 1, 5, 5]]  # the hull with its margin, as serving takes it
     assert figures["images"] == 3 and figures["points"] == 6
 
 
