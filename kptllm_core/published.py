@@ -304,6 +304,7 @@ def departures(protocol: str, told: dict[str, Any], unasked: int) -> list[str]:
     found += ["--rotate"] if told["rotate"] else []
     if protocol == "mp100":
         found += [f"--{k} {told[k]} instead of {v}" for k, v in MP100_RULES.items() if told[k] != v]
+        found += [f"--shots {told['shots']} instead of 1 or 5"] if told["shots"] not in (1, 5) else []
     if unasked:
         found.append(f"{unasked} {'pairs' if protocol == 'mp100' else 'objects'} were left out")
     return found

@@ -220,8 +220,9 @@ def test_ap10k_sigmas_follow_the_names_through_the_shuffled_order(
 
 
 def test_what_keeps_a_run_from_being_comparable() -> None:
-    told = {"boxes": "given", "rotate": False, "episodes": 200, "queries": 15, "seed": 1}
+    told = {"boxes": "given", "rotate": False, "episodes": 200, "queries": 15, "seed": 1, "shots": 5}
     assert departures("mp100", told, 0) == []
+    assert departures("mp100", told | {"shots": 0}, 0) == ["--shots 0 instead of 1 or 5"]  # by names alone: other pairs, and all points count
     assert departures("ap10k", told | {"boxes": "found", "rotate": True}, 2) == [
         "--boxes found",
         "--rotate",
