@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,9 +104,8 @@ def test_the_number_of_windows_is_bounded() -> None:
     assert eye.crops <= MAX_WINDOWS + 1
 
 
-def test_support_for_scenes_comes_from_elsewhere() -> None:
+def test_support_for_scenes_comes_from_elsewhere(tmp_path: Path) -> None:
     from dataclasses import dataclass
-    from pathlib import Path
 
     from kptllm_core.crowds import draw_support
 
@@ -114,7 +114,9 @@ def test_support_for_scenes_comes_from_elsewhere() -> None:
         image_path: Path
         group: str
 
-    pool = [Item(Path(f"{i}.jpg"), f"video {i // 3}") for i in range(12)]
+    pool = [Item(tmp_path / f"{i}.jpg", f"video {i // 3}") for i in range(12)]
+    for item in pool:
+        item.image_path.touch()
     rng = np.random.default_rng(0)
     chosen = draw_support(pool, [[pool[0]], [pool[3]]], 4, rng)  # type: ignore[arg-type, list-item]
     assert len(set(chosen)) == 4 and all(c.group in ("video 2", "video 3") for c in chosen)
