@@ -16,17 +16,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sqlalchemy.orm import Session
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backend.effort_report import effort
-from backend.intake import annotation_row
+from backend.intake import annotation_row, control_key
 from backend.journal import Journal
 from backend.lookalikes import BITS
 from backend.prequential import score_new
@@ -66,13 +65,9 @@ def fill(journal: Journal, config: LabelConfig, images: int, labelled: int, rng:
             rows.append(Look(project=PROJECT, task=task, look=rng.bytes(BITS // 8).hex()))
             if task <= labelled:
                 rows.append(annotation(config, task, result, rng))
-        journal.write(partial(_add, rows))
+        journal.write(methodcaller("add_all", rows))
     journal.record(PROJECT, [], [annotation(config, 1, predicted(config, rng)[1], rng, number=images + 1)], config)
     return journal.active(PROJECT)
-
-
-def _add(rows: list[Any], session: Session) -> None:
-    session.add_all(rows)
 
 
 def predicted(config: LabelConfig, rng: np.random.Generator) -> tuple[Json, list[Json]]:
@@ -81,7 +76,7 @@ def predicted(config: LabelConfig, rng: np.random.Generator) -> tuple[Json, list
     xy = rng.uniform(0.1, 0.9, (len(NAMES), 2)) * SIZE
     points = KeypointSet(NAMES, xy, np.full(len(NAMES), Visibility.VISIBLE), rng.uniform(0.2, 1.0, len(NAMES)))
     regions = to_regions(control, points, *SIZE)
-    return {f"{control.from_name}:{control.to_name}": control_row(control, [points], [], SIZE, regions)}, regions
+    return {control_key(control): control_row(control, [points], [], SIZE, regions)}, regions
 
 
 def annotation(config: LabelConfig, task: int, result: list[Json], rng: np.random.Generator, number: int | None = None) -> Annotation:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from kptllm_core.errors import DataError, ImageError, InvalidInput, TooLarge
 from kptllm_core.imaging import image_size, read_image
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, symmetric_pairs
+from kptllm_core.store import write_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +140,7 @@ def write_coco(folder: Path, schema: KeypointSchema, items: Iterable[tuple[str, 
                             "num_keypoints": int(points.placed.sum()), **box})  # fmt: skip
     skeleton, symmetric = ([[a + 1, b + 1] for a, b in pairs] for pairs in (schema.skeleton, schema.symmetric))
     category = {"id": 1, "name": schema.category, "keypoints": list(schema.names), "skeleton": skeleton, "symmetric": symmetric}
-    with (folder / "annotations.json").open("w") as file:
-        json.dump({"images": images, "annotations": annotations, "categories": [category]}, file)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(folder / "annotations.json", {"images": images, "annotations": annotations, "categories": [category]})
 
 
 def _placed(folder: Path, where: str, read: Callable[..., Any], *material: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from kptllm_core.errors import ArtifactError, ImageError, InvalidInput, KptError, TooLarge, Unavailable
-from kptllm_core.imaging import read_image
+from kptllm_core.imaging import Kept, read_image
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.messages import Labelled, NameRequest, Objects, PredictRequest, Query
 from kptllm_core.store import AdapterStore, ImageStore
@@ -233,25 +233,19 @@ class DecodedImages:
     """The last used images as (H, W, 3) uint8, up to `max_bytes` of them."""
 
     def __init__(self, images: ImageStore, max_bytes: int) -> None:
-        self._images, self._max_bytes = images, max_bytes
-        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._bytes = 0
+        self._images, self._kept = images, Kept(max_bytes)
         self._lock = threading.Lock()
 
     def get(self, sha: str) -> np.ndarray:
         """Raises NotFound, ImageError or TooLarge."""
         with self._lock:
-            if sha in self._kept:
-                self._kept.move_to_end(sha)
-                return self._kept[sha]
+            known = self._kept.find(sha)
+        if known is not None:
+            return known
         with _memory_errors():
             pixels = read_image(self._images.read(sha))
         with self._lock:
-            if sha not in self._kept and pixels.nbytes <= self._max_bytes:
-                self._kept[sha] = pixels
-                self._bytes += pixels.nbytes
-                while self._bytes > self._max_bytes:
-                    self._bytes -= self._kept.popitem(last=False)[1].nbytes
+            self._kept.keep(sha, pixels)
         return pixels
 
 

@@ -6,7 +6,6 @@ Three sources, mixed: labelled images (`Labelled`), rendered categories (`Render
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -16,7 +15,7 @@ from PIL import Image
 
 from kptllm_core.dataset import Sample
 from kptllm_core.geometry import CROP_FACTOR, Crop, similarity_crop
-from kptllm_core.imaging import PAPER, cut_image, warp
+from kptllm_core.imaging import PAPER, Kept, cut_image, warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.synthetic import Category
 
@@ -76,21 +75,14 @@ class Images:
     """Decoded images, the most recently used ones kept, up to `max_bytes` of them: photographs of cameras have 30 MB and more each."""
 
     def __init__(self, max_bytes: int = 2**30) -> None:
-        self.max_bytes = max_bytes
-        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._bytes = 0
+        self._kept = Kept(max_bytes)
 
     def read(self, sample: Sample) -> np.ndarray:
         key = str(sample.image_path)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        image = sample.read()
-        if image.nbytes <= self.max_bytes:
-            self._kept[key] = image
-            self._bytes += image.nbytes
-            while self._bytes > self.max_bytes:
-                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        image = self._kept.find(key)
+        if image is None:
+            image = sample.read()
+            self._kept.keep(key, image)
         return image
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,27 @@ STRIP = 256  # rows
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM")
 PAPER = (124, 116, 104)  # what lies outside an image, in a crop: the mean colour of photographs
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+class Kept(OrderedDict[str, np.ndarray]):
+    """Decoded images by a name, the most recently used ones, up to `max_bytes` of them. For one thread at a time."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__()
+        self.max_bytes = max_bytes
+
+    def find(self, key: str) -> np.ndarray | None:
+        """(H, W, 3) uint8, or None."""
+        if key in self:
+            self.move_to_end(key)
+        return self.get(key)
+
+    def keep(self, key: str, image: np.ndarray) -> None:
+        if image.nbytes <= self.max_bytes:
+            self[key] = image
+            spare = sum(i.nbytes for i in self.values()) - self.max_bytes
+            while spare > 0:
+                spare -= self.popitem(last=False)[1].nbytes
 
 
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

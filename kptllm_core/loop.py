@@ -152,12 +152,13 @@ class Loop:
         while self.used < 1:
             started = time.monotonic()
             try:
-                scores = self._step(pool, [_next(batches) for _ in range(self.parts)])
+                parts = [_next(batches) for _ in range(self.parts)]
             except RuntimeError:
                 if should_stop is None or not should_stop():
                     raise
                 self.save()  # whoever asked this process to end asked its workers, too
                 return False
+            scores = self._step(pool, parts)
             self.spent += time.monotonic() - started
             recent = {k: v if k not in recent else recent[k] + 0.05 * (v - recent[k]) for k, v in scores.items()}
             if self.step % 50 == 0:
