@@ -20,6 +20,7 @@ import numpy as np
 from backend.formats.labels import OCCLUDED, LabelledImage, LabelledSet, LabelledThing
 from backend.import_match import Matcher, image_files, is_unique, not_unique, upload_name
 from backend.import_names import Target
+from backend.intake import control_key
 from backend.services import Services
 from backend.sweep import sweep
 from backend.transport import Json
@@ -209,7 +210,7 @@ def regions_of(
     things = [(thing, targets[thing.category]) for thing in image.things]
     per_control: dict[str, list[tuple[LabelledThing, Target]]] = {}
     for thing, target in things:
-        per_control.setdefault(f"{target.control.from_name}:{target.control.to_name}", []).append((thing, target))
+        per_control.setdefault(control_key(target.control), []).append((thing, target))
     scale = _scale(image, size)
     ids = region_ids(project, image)
     result: list[Json] = []

@@ -26,7 +26,7 @@ from flask import Blueprint, Response, jsonify, render_template, request, url_fo
 
 from backend import charts, compare, current, overlays, prelabel, review
 from backend.examples import on_image
-from backend.intake import project_of
+from backend.intake import control_key, project_of
 from backend.prequential import report as prequential
 from backend.quality import KINDS
 from backend.status import comparison_list, health_report, project_list, project_status
@@ -179,7 +179,7 @@ def support_examples(project: str) -> list[Json]:
     with current.services().journal.reading() as session:
         row = session.get_one(Project, project)
         version = session.get(Version, row.active_version) if row.active_version else None
-        skeletons = {f"{c.from_name}:{c.to_name}": c.schema.skeleton for c in config.controls} if config else {}
+        skeletons = {control_key(c): c.schema.skeleton for c in config.controls} if config else {}
         found = []
         for entry in version.support if version else ():
             task = session.get(Task, (project, entry["task"]))

@@ -208,12 +208,11 @@ def _scenes(category: Category, options: Options) -> list[tuple[list[Sample], li
     """Support objects, and the whole images that they are asked for: of other groups where there are enough."""
     rng = stream(category.name, options.seed)
     every = crowds.images_of([*category.samples, *category.empty])
-    same = category.supports is category.samples
     order = rng.permutation(len(every))[: options.episodes * options.queries]
     plan = []
     for start in range(0, len(order), options.queries):
         asked = [every[i] for i in order[start : start + options.queries]]
-        support = [] if options.shots == 0 else crowds.draw_support(category.supports, asked, options.shots, rng, same)
+        support = [] if options.shots == 0 else crowds.draw_support(category.supports, asked, options.shots, rng, category.same_pool)
         plan.append((support, asked))
     return plan
 

@@ -60,6 +60,11 @@ class Category:
     unseen: frozenset[str] | None = None
     """The groups of its folder that pretraining never sees; None: as if its samples were the whole folder."""
 
+    @property
+    def same_pool(self) -> bool:
+        """Whether supports are drawn from the samples; the groups of a folder of its own mean nothing beside theirs."""
+        return self.supports is self.samples
+
 
 def load_categories(folders: Sequence[Path], support: Path | None = None) -> list[Category]:
     """The categories of COCO folders, with the supports of another folder if one is named. Raises DataError."""
@@ -88,9 +93,8 @@ def part_of(categories: Sequence[Category], part: str) -> list[Category]:
     for category in categories:
         unseen = held_out(s.group for s in category.samples) if category.unseen is None else category.unseen
         samples = [s for s in category.samples if (s.group in unseen) == (part == "heldout")]
-        same_pool = category.supports is category.samples
         if samples:
-            found.append(replace(category, samples=samples, supports=samples if same_pool else category.supports))
+            found.append(replace(category, samples=samples, supports=samples if category.same_pool else category.supports))
     if not found:
         groups = len({s.group for c in categories for s in c.samples})
         raise DataError(
@@ -127,13 +131,12 @@ def draw_episodes(
     rng = stream(category.name, seed)
     samples = category.samples
     images = [identity(s.image_path) for s in samples]
-    same_pool = category.supports is samples
     drawn = []
     for _ in range(episodes):
         support = _draw_support(category, shots, rng)
         free = _free_queries(category, images, support)
         if not free:
-            spread = "images" if same_pool else "images that are not in the support folder"
+            spread = "images" if category.same_pool else "images that are not in the support folder"
             raise DataError(
                 f"Category '{category.name}' has {len(samples)} usable objects and no query is left beside {shots} "
                 f"support objects. Expected more {spread}; add data or lower --shots."
@@ -178,8 +181,8 @@ def _free_queries(category: Category, images: list[tuple[int, int]], support: li
     """Indices of the samples that may be asked beside these supports. `images`: identity of each sample's image."""
     taken = {identity(s.image_path) for s in support}
     others = [i for i, image in enumerate(images) if image not in taken]
-    if category.supports is not category.samples:
-        return others  # a folder of supports was named: its groups mean nothing here
+    if not category.same_pool:
+        return others
     groups = {s.group for s in support}
     apart = [i for i in others if category.samples[i].group not in groups]
     return apart or others
