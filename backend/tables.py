@@ -159,7 +159,8 @@ class Predicted(Base):
     made_at: Mapped[float] = mapped_column(Float, default=time.time)
     __table_args__ = (
         UniqueConstraint("project", "task", "version", name="one_prediction"),
-        Index("predictions_by_version", "project", "version", "shadow"),
+        # The version first: SQLite, which knows no sizes, would else take this one by chance for what "predictions_made" answers.
+        Index("predictions_by_version", "version", "project", "shadow"),
     )
 
 
