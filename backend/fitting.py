@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from backend import split
 from backend.intake import control_key
 from backend.tables import Annotation, Project, Version
-from backend.versions import labelled
+from backend.versions import labelled, spoken
 from label_config.schema import parse
 
 SHOWN = 50  # entries of each list
@@ -39,14 +39,16 @@ def set_aside(session: Session, row: Project) -> dict[str, Any]:
     known = {control_key(c): c for c in config.controls}
     unknown: dict[str, Counter[str]] = {}
     strangers: set[int] = set()  # tasks with a label that the config lacks
-    for task, labels in session.execute(_sayings(row.id)).all():
+    misfits = (*spoken(row.id), ~Annotation.fits)
+    for task, labels in session.execute(select(Annotation.task, Annotation.labels).where(*misfits)):
         for key, counts in labels.items():
             control = known.get(key)
             for label, count in counts.items():
                 if control is None or control.name_of(label) is None:
                     unknown.setdefault(key, Counter())[label] += int(count)
                     strangers.add(task)
-    usable = set(session.scalars(select(Annotation.task).where(*labelled(row.id))))
+    asked = select(Annotation.task).where(*misfits)
+    usable = set(session.scalars(select(Annotation.task).where(*labelled(row.id), Annotation.task.in_(asked))))
     before = next((v for v in versions if v.config_hash != row.config_hash), None)
     active = next((v for v in versions if v.id == row.active_version), None)
     shown = {entry["task"] for entry in active.support} if active else set()
@@ -57,8 +59,3 @@ def set_aside(session: Session, row: Project) -> dict[str, Any]:
         "images": sorted(strangers - usable)[:SHOWN],
         "examples": sorted(examples),
     }
-
-
-def _sayings(project: str) -> Any:
-    where = (Annotation.project == project, Annotation.current, Annotation.counts, ~Annotation.deleted)
-    return select(Annotation.task, Annotation.labels).where(*where)

@@ -123,7 +123,7 @@ def annotation_row(project: str, body: dict[str, Any], task: int, config: LabelC
         result_hash=hashlib.sha256(meaning.encode()).hexdigest(),
         result=result,
         labels=labels,
-        points=known_points(labels, config) if config else 0,
+        **reading(labels, config),
         origins=dict(Counter(str(r.get("origin") or "unknown") for r in regions if r.get("type") == "keypointlabels")),
         counts=not why_not,
         why_not=why_not,
@@ -137,14 +137,14 @@ def annotation_row(project: str, body: dict[str, Any], task: int, config: LabelC
     )
 
 
-def known_points(labels: dict[str, Any], config: LabelConfig) -> int:
-    """How many of the labels that an annotation carries are points of the present config."""
-    return sum(
-        int(count)
-        for control in config.controls
-        for label, count in labels.get(control_key(control), {}).items()
-        if control.name_of(label) is not None
-    )
+def reading(labels: dict[str, Any], config: LabelConfig | None) -> dict[str, Any]:
+    """What the present config makes of an annotation's labels: how many `points` it knows, and whether that is all (`fits`)."""
+    if config is None:
+        return {"points": 0, "fits": False}
+    by_key = {control_key(control): control for control in config.controls}
+    counts = [(by_key.get(key), label, int(count)) for key, found in labels.items() for label, count in found.items()]
+    points = sum(count for control, label, count in counts if control and control.name_of(label) is not None)
+    return {"points": points, "fits": points == sum(count for _, _, count in counts)}
 
 
 def _why_not(body: dict[str, Any]) -> str:

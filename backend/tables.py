@@ -93,6 +93,7 @@ class Annotation(Base):
     result: Mapped[list[Any]] = mapped_column(default=list)
     labels: Mapped[dict[str, Any]] = mapped_column(default=dict)  # control → {label: how often}
     points: Mapped[int] = mapped_column(Integer, default=0)  # points whose label the present config knows
+    fits: Mapped[bool] = mapped_column(Boolean, default=False)  # it knows every label; False also where nobody looked yet
     origins: Mapped[dict[str, Any]] = mapped_column(
         default=dict
     )  # manual | prediction | prediction-changed | unknown → how often
@@ -110,6 +111,11 @@ class Annotation(Base):
         UniqueConstraint("project", "annotation", "updated_us", "result_hash", name="one_saying"),
         Index("current_annotations", "project", "current", "task", "counts", "deleted", "points"),
     )
+
+
+# Few, and looked for with every look at the project's page (fitting.py).
+Index("misfit_annotations", Annotation.project, Annotation.current, Annotation.fits,
+      sqlite_where=~Annotation.fits, postgresql_where=~Annotation.fits)  # fmt: skip
 
 
 class Version(Base):

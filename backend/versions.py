@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from backend import split
 from backend.examples import frozen
-from backend.intake import as_asked, control_key, known_points
+from backend.intake import as_asked, control_key, reading
 from backend.tables import Annotation, Comparison, Event, Fact, Group, Project, Task, Version
 from kptllm_core.errors import NotFound
 from label_config.annotations import read_result
@@ -216,13 +216,13 @@ def sizes_missing(session: Session, project: str, config: LabelConfig) -> list[t
 
 def recount(session: Session, row: Project, config: LabelConfig) -> None:
     """The label config changed: which points of the stored annotations does it know?"""
-    columns = select(Annotation.id, Annotation.labels, Annotation.points).where(
+    columns = select(Annotation.id, Annotation.labels, Annotation.points, Annotation.fits).where(
         Annotation.project == row.id, Annotation.current
     )
-    for number, labels, points in session.execute(columns).all():
-        known = known_points(labels, config)
-        if known != points:
-            session.execute(update(Annotation).where(Annotation.id == number).values(points=known))
+    for number, labels, points, fits in session.execute(columns).all():
+        now = reading(labels, config)
+        if now != {"points": points, "fits": fits}:
+            session.execute(update(Annotation).where(Annotation.id == number).values(now))
     session.flush()
     row.labelled = session.scalar(select(func.count(func.distinct(Annotation.task))).where(*labelled(row.id))) or 0
     row.step = split.step_of(row.labelled)
@@ -259,11 +259,11 @@ def uses_of(session: Session, project: str) -> dict[str, str]:
     return {group: use for group, use in rows}  # noqa: C416 - rows, which dict() would take for sequences of unknown length
 
 
+def spoken(project: str) -> tuple[Any, ...]:
+    """Annotations that a person made or confirmed, as they are now."""
+    return (Annotation.project == project, Annotation.current, Annotation.counts, ~Annotation.deleted)
+
+
 def labelled(project: str) -> tuple[Any, ...]:
-    return (
-        Annotation.project == project,
-        Annotation.current,
-        Annotation.counts,
-        ~Annotation.deleted,
-        Annotation.points > 0,
-    )
+    """Those of them of which something can be used."""
+    return (*spoken(project), Annotation.points > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from backend.review import ask_for_predictions
 from backend.rounds import Rounds
 from backend.services import Services
 from backend.settings import Settings
+from backend.status import project_status
 from benchmarks import scale
 from label_config.schema import parse
 
@@ -26,27 +28,41 @@ def test_every_work_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert [row["images"] for row in rows] == [40, 60] and all(value > 0 for row in rows for value in row.values())
 
 
-def test_what_the_keeper_asks_each_second_reads_no_prediction(tmp_path: Path) -> None:
-    """SQLite says that it never goes through all rows, which are large: at most through an index that has all that is asked for."""
-    services = Services.make(Settings.from_env({"DATA_DIR": str(tmp_path)}))
-    journal = services.journal
-    scale.fill(journal, parse(scale.CONFIG), 300, 30, scale.np.random.default_rng(0))
+def plans(services: Services, work: Callable[[], object], table: str) -> list[str]:
+    """SQLite's plan for everything that a work reads of a table, but for rows that are asked for whole (the ORM's)."""
     asked: list[tuple[str, object]] = []
-    engine = journal._reading
+    engine = services.journal._reading
     listen = event.listens_for(engine, "before_cursor_execute")
     listen(lambda connection, cursor, statement, parameters, context, many: asked.append((statement, parameters)))
-    Reports(services)._state(scale.PROJECT)
-    Rounds(services).start_if_due(scale.PROJECT)
-    ask_for_predictions(journal, scale.PROJECT)
-    looks = [(statement, parameters) for statement, parameters in asked if "predictions" in statement and statement.startswith("SELECT")]
-    assert len(looks) >= 4
+    work()
+    looks = [(s, p) for s, p in asked if s.startswith("SELECT") and not s.startswith(f"SELECT {table}.id, {table}.project")]
     with engine.connect() as connection:
-        plans = [
-            row[3]
-            for statement, parameters in looks
-            for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
-            if "predictions" in row[3] and "SELECT predictions.id, predictions.project" not in statement
-        ]
-    through_all = [plan for plan in plans if "SCAN" in plan or ("(project=?)" in plan and "predictions_made" not in plan)]
-    assert plans and not through_all, through_all
-    journal.close()
+        rows = [row[3] for s, p in looks for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {s}", p)]
+    return [plan for plan in rows if f" {table} " in plan]
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Iterator[Services]:
+    services = Services.make(Settings.from_env({"DATA_DIR": str(tmp_path)}))
+    scale.fill(services.journal, parse(scale.CONFIG), 300, 30, scale.np.random.default_rng(0))
+    yield services
+    services.journal.close()
+
+
+def test_what_the_keeper_asks_each_second_reads_no_prediction(filled: Services) -> None:
+    """SQLite says that it never goes through all rows, which are large: at most through an index that has all that is asked for."""
+
+    def look() -> None:
+        Reports(filled)._state(scale.PROJECT)
+        Rounds(filled).start_if_due(scale.PROJECT)
+        ask_for_predictions(filled.journal, scale.PROJECT)
+
+    found = plans(filled, look, "predictions")
+    through_all = [plan for plan in found if "SCAN" in plan or ("(project=?)" in plan and "predictions_made" not in plan)]
+    assert len(found) >= 4 and not through_all, through_all
+
+
+def test_a_look_at_a_project_reads_no_annotation_but_what_does_not_fit(filled: Services) -> None:
+    found = plans(filled, lambda: project_status(filled, Rounds(filled), scale.PROJECT), "annotations")
+    reads = [plan for plan in found if "COVERING" not in plan]
+    assert len(found) >= 3 and all("misfit_annotations" in plan for plan in reads), reads
