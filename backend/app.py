@@ -35,6 +35,7 @@ from kptllm_core.errors import InvalidInput, KptError, NotFound, SchemaError, To
 
 log = logging.getLogger(__name__)
 MAX_BODY = 64 * 2**20  # bytes; all tasks of a project come in one /predict
+BUTTON_BYTES = 4 * 2**20  # what Label Studio sends when its button is pressed: the project, with its label config
 KEPT_FREE = 3  # threads that no prediction takes, so that /health, /setup and /webhook are answered at once
 wire = Blueprint("wire", __name__)
 
@@ -236,12 +237,15 @@ def admit() -> None:
         return
     sent = request.headers.get(SECRET_HEADER, "")
     if endpoint.endswith(".webhook") and (sent or not settings.basic_auth_user):
-        secret = settings.webhook_secret or webhooks.demanded(current.services(), _project_of_webhook())
-        if secret:
-            if hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), secret.encode()):
-                return
+        secret = settings.webhook_secret or webhooks.made_up(current.services())
+        if secret and hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), secret.encode()):
+            return
+        # Nothing is parsed for whoever has no login where one is needed.
+        always = bool(settings.webhook_secret or settings.basic_auth_user)
+        if secret and (always or webhooks.signed(current.services(), _project_of_webhook())):
             # Label Studio's button *Start training* is no webhook of its own and carries no header; it brings no data either.
-            if not settings.basic_auth_user and not sent and _body().get("action") == "START_TRAINING":
+            button = not settings.basic_auth_user and not sent and int(request.content_length or 0) < BUTTON_BYTES
+            if button and _body().get("action") == "START_TRAINING":
                 return
             raise Unauthorized(
                 f"The webhook lacks the header {SECRET_HEADER} with the right value (WEBHOOK_SECRET, or what the backend made up). With a "

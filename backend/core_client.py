@@ -19,7 +19,6 @@ import requests
 
 from kptllm_core import errors
 from kptllm_core.errors import (
-    ArtifactError,
     Conflict,
     InvalidInput,
     KptError,
@@ -284,8 +283,8 @@ class CoreClient:
         except (KeyError, TypeError, ValueError, InvalidInput):
             return self._odd("/predict", result)
 
-    def _odd(self, path: str, answer: Any) -> ArtifactError:
-        return ArtifactError(f"The core at {self.url} answered {path} with something else than agreed: {str(answer)[:200]}. "
+    def _odd(self, path: str, answer: Any) -> Unavailable:
+        return Unavailable(f"The core at {self.url} answered {path} with something else than agreed: {str(answer)[:200]}. "
                              "Do the core and the backend have the same version?")  # fmt: skip
 
 

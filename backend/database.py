@@ -59,20 +59,23 @@ class Turn:
 
     @contextmanager
     def take(self) -> Iterator[None]:
-        with self._threads:
-            deadline = time.monotonic() + self._patience
-            held = False
-            while self._file is not None and not held and time.monotonic() < deadline:
+        """Wait for the turn. Who has it may hang: after so long the database's own lock decides."""
+        deadline = time.monotonic() + self._patience
+        first = self._threads.acquire(timeout=self._patience)
+        held = False
+        try:
+            while first and self._file is not None and not held and time.monotonic() < deadline:
                 try:
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     held = True
                 except BlockingIOError:
                     time.sleep(0.001)
-            try:
-                yield  # not held: whoever has it hangs; SQLite's own lock decides
-            finally:
-                if self._file is not None and held:
-                    fcntl.flock(self._file, fcntl.LOCK_UN)
+            yield
+        finally:
+            if self._file is not None and held:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            if first:
+                self._threads.release()
 
     def close(self) -> None:
         if self._file is not None:

@@ -7,7 +7,6 @@ pixels, and without the hidden ones. Its YOLO export keeps objects apart (by the
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
@@ -22,6 +21,7 @@ from backend.services import Services
 from backend.settings import Settings
 from kptllm_core.errors import InvalidInput, KptError
 from kptllm_core.imaging import image_size
+from kptllm_core.store import write_json
 from label_config.annotations import ReadResult, read_result
 from label_config.schema import KeypointControl, LabelConfig, parse
 
@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all labels were written, 1 when some are not clear; those are told."""
+    try:
+        args.path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInput(f"Nothing can be written to {args.path}: {error.strerror}. Choose another place.") from None
     services = Services.make(Settings.from_env())
     try:
         if not services.has_token:
@@ -49,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         services.journal.close()
     categories = {kind: (list(c.labels), list(c.schema.skeleton)) for kind, c in _kinds(config).items()}
-    args.path.parent.mkdir(parents=True, exist_ok=True)
-    args.path.write_text(json.dumps(coco_of(categories, images)), encoding="utf-8")
+    write_json(args.path, coco_of(categories, images))
     print(f"{args.path}: {len(images)} images with {sum(len(image.things) for image in images)} objects.")
     for problem in problems:
         print(f"– {problem}.")

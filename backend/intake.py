@@ -111,6 +111,7 @@ def annotation_row(project: str, body: dict[str, Any], task: int, config: LabelC
         raise InvalidInput(f"An annotation's result is {_short(result)}; expected a list of regions.")
     regions = [r for r in result if isinstance(r, dict)]
     labels = _labels(regions)
+    points, fits = reading(labels, config)
     ground_truth = body.get("ground_truth") is True
     meaning = json.dumps([result, bool(why_not), ground_truth], sort_keys=True)
     lead_time = body.get("lead_time")
@@ -123,7 +124,8 @@ def annotation_row(project: str, body: dict[str, Any], task: int, config: LabelC
         result_hash=hashlib.sha256(meaning.encode()).hexdigest(),
         result=result,
         labels=labels,
-        **reading(labels, config),
+        points=points,
+        fits=fits,
         origins=dict(Counter(str(r.get("origin") or "unknown") for r in regions if r.get("type") == "keypointlabels")),
         counts=not why_not,
         why_not=why_not,
@@ -137,14 +139,14 @@ def annotation_row(project: str, body: dict[str, Any], task: int, config: LabelC
     )
 
 
-def reading(labels: dict[str, Any], config: LabelConfig | None) -> dict[str, Any]:
-    """What the present config makes of an annotation's labels: how many `points` it knows, and whether that is all (`fits`)."""
+def reading(labels: dict[str, Any], config: LabelConfig | None) -> tuple[int, bool]:
+    """What the present config makes of an annotation's labels: how many points it knows, and whether these are all."""
     if config is None:
-        return {"points": 0, "fits": False}
+        return 0, False
     by_key = {control_key(control): control for control in config.controls}
     counts = [(by_key.get(key), label, int(count)) for key, found in labels.items() for label, count in found.items()]
     points = sum(count for control, label, count in counts if control and control.name_of(label) is not None)
-    return {"points": points, "fits": points == sum(count for _, _, count in counts)}
+    return points, points == sum(count for _, _, count in counts)
 
 
 def _why_not(body: dict[str, Any]) -> str:

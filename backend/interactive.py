@@ -24,7 +24,7 @@ from backend.ranking import fact_name
 from kptllm_core.errors import InvalidInput
 from kptllm_core.geometry import box_of_points, clip_box, from_percent
 from kptllm_core.keypoints import KeypointSet, Visibility
-from label_config.annotations import DrawnBox, LabelledObject, read_result
+from label_config.annotations import DrawnBox, LabelledObject, read_id, read_result
 from label_config.checks import BOXES
 from label_config.regions import random_id, to_regions
 from label_config.schema import KeypointControl
@@ -38,7 +38,7 @@ Support = Sequence[tuple[str, KeypointSet]]
 def drawn_in(context: Any) -> list[Json]:
     """The regions of an interactive context (`{"result": [regions]}`); smart keypoints with their label where others have it."""
     result = context.get("result") if isinstance(context, dict) else None
-    return [_plain(r) for r in result if isinstance(r, dict)] if isinstance(result, list) else []
+    return [_plain(r) for r in _list(result) if isinstance(r.get("from_name"), str)]
 
 
 def as_drawn(control: KeypointControl, regions: Sequence[Json]) -> list[Json]:
@@ -210,12 +210,16 @@ def remember(journal: Journal, project: str, task: Json, regions: Sequence[Json]
 
     Beside each region stands where the page was known to have it before: a draft that still says so has not heard of the answer.
     """
-    name, number, now = fact_name("drawn", project), str(task.get("id")), time.time()
+    number, now = str(task.get("id")), time.time()
     told = {_key(r): r for source in reversed(_sources(task)) for r in source}
-    kept = {k: v for k, v in journal.fact(name).items() if now - v["at"] < REMEMBERED_SECONDS}
-    known = kept[number]["regions"] if number in kept else {}
-    new = {r["id"]: {"region": r, "was": known.get(r["id"], {"was": _at(told.get(r["id"]))})["was"]} for r in regions}
-    journal.set_fact(name, kept | {number: {"at": now, "regions": known | new}})
+
+    def add(before: Json) -> Json:
+        kept = {k: v for k, v in before.items() if now - v["at"] < REMEMBERED_SECONDS}
+        known = kept[number]["regions"] if number in kept else {}
+        new = {r["id"]: {"region": r, "was": known.get(r["id"], {"was": _at(told.get(r["id"]))})["was"]} for r in regions}
+        return kept | {number: {"at": now, "regions": known | new}}
+
+    journal.change_fact(fact_name("drawn", project), add)
 
 
 def recall(journal: Journal, project: str, task: Json) -> dict[str, Json]:
@@ -254,7 +258,7 @@ def _page(control: KeypointControl, new: Json, others: Sequence[Json], task: Jso
         click = {"is_positive": True} if was.get("is_positive") and _at(was) == _at(region) else {}
         page[_key(region)] = region | click
     page.pop(_key(new), None)
-    return {k: r for k, r in page.items() if r.get("id")}, sure  # what a program made without ids cannot be told apart, nor moved
+    return {k: r for k, r in page.items() if read_id(r)}, sure  # what a program made without ids cannot be told apart, nor moved
 
 
 def _sources(task: Json) -> list[list[Json]]:
@@ -345,7 +349,7 @@ def _label(region: Json) -> Any:
 
 def _key(region: Json) -> str:
     """A choice has the id of the point that it is about."""
-    key = str(region.get("id")).partition("#")[0]
+    key = read_id(region)
     return f"{key} choices" if region.get("type") == "choices" else key
 
 

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from backend import split
 from backend.database import Turn, make_engines, parts, unavailable, worth_repeating
 from backend.held_out import regroup
-from backend.intake import names_of, names_since
+from backend.intake import names_of, names_since, reading
 from backend.migrate import bring_up_to_date
 from backend.tables import Annotation, Base, Event, Fact, Look, Project, Task, Version
 from backend.versions import (
@@ -39,6 +39,7 @@ from backend.versions import (
     recount,
     serve,
     sizes_missing,
+    still_taught,
     unknown_project,
 )
 from kptllm_core.errors import ArtifactError, Conflict, NotFound
@@ -115,6 +116,15 @@ class Journal:
         if self.fact(name) != value:
             self.write(lambda session: session.merge(Fact(name=name, value=value)))
 
+    def change_fact(self, name: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Remember what `change` makes of the value; no other change comes in between."""
+
+        def work(session: Session) -> None:
+            row = session.get(Fact, name)
+            session.merge(Fact(name=name, value=change(dict(row.value) if row else {})))
+
+        self.write(work)
+
     def observe(self, project: str, label_config: str, base: str, title: str | None = None) -> Version:
         """The version that serves the project under this label config and this base; writes only when something changed."""
         with self.reading() as session:
@@ -140,15 +150,13 @@ class Journal:
                 reason = "first version" if version is None else f"the core now runs {base} instead of {version.base}"
                 return change_base(session, row, base, reason)
             if changed:
-                keeps = split.adapter_fits(version.trained_names, row.names)
-                why = (
-                    ""
-                    if keeps
-                    else f"; the adapter of round {version.round} was trained on other names and is set aside"
-                )
-                return freeze(
-                    session, row, base, version if keeps else None, row.step, f"the label config changed{why}"
-                )
+                taught = still_taught(session, row, version)
+                why = "the label config changed"
+                if version.adapter and taught is not version:
+                    why += f"; the adapter of round {version.round} was trained on other names and is set aside"
+                if taught is not None and taught is not version:
+                    why += f"; that of round {taught.round} fits again"
+                return freeze(session, row, base, taught, row.step, why)
             return version
 
         return self.write(change)
@@ -227,35 +235,42 @@ class Journal:
             row = lock_project(session, project)
             for task in tasks:
                 _keep_task(session, task)
+            now = config
+            if row.label_config and (config is None or config.hash != row.config_hash):  # it changed while these were on their way
+                now = parse(row.label_config)
+                for annotation in annotations:
+                    annotation.points, annotation.fits = reading(annotation.labels, now)
             added = sum(_keep_annotation(session, annotation, seen) for annotation in annotations)
             if added:
-                advance(session, row, config)
+                advance(session, row, now)
             return added
 
         return self.write(change)
 
     def delete_annotations(self, project: str, annotations: list[int]) -> int:
         """Tombstones, also for annotations never heard of (their creation may still be on its way). Returns how many were new."""
-        if not annotations:
-            return 0
 
-        def change(session: Session) -> int:
+        def change(session: Session, part: list[int]) -> int:
             row = lock_project(session, project)
-            new = 0
-            for number in annotations:
-                last = session.scalar(select(Annotation).where(*_states(project, number), Annotation.current))
-                if last is not None and last.deleted:
+            mine = (Annotation.project == project, Annotation.annotation.in_(part))
+            columns = (Annotation.annotation, Annotation.task, Annotation.updated_us, Annotation.deleted)
+            newest = {number: rest for number, *rest in session.execute(select(*columns).where(*mine, Annotation.current))}
+            # Of an annotation that came back from one (see _seen_again).
+            old = {(t.annotation, t.updated_us): t for t in session.scalars(select(Annotation).where(*mine, Annotation.deleted))}
+            dead = {number: newest.get(number, (0, 0, False)) for number in part}
+            dead = {number: last for number, last in dead.items() if not last[2]}
+            session.execute(update(Annotation).where(*mine, Annotation.annotation.in_(dead)).values(current=False))
+            for number, (task, updated, _) in dead.items():
+                if (number, updated) in old:
+                    old[number, updated].current = True
                     continue
-                session.execute(update(Annotation).where(*_states(project, number)).values(current=False))
-                session.add(Annotation(project=project, annotation=number, task=last.task if last else 0, deleted=True, counts=False,
-                                       why_not="deleted", updated_us=last.updated_us if last else 0, result_hash="deleted",
-                                       points=0, current=True))  # fmt: skip
-                new += 1
-            if new:
+                session.add(Annotation(project=project, annotation=number, task=task, deleted=True, counts=False, why_not="deleted",
+                                       updated_us=updated, result_hash="deleted", points=0, fits=True, current=True))  # fmt: skip
+            if dead:
                 advance(session, row, None)
-            return new
+            return len(dead)
 
-        return self.write(change)
+        return sum(self.write(partial(change, part=part)) for part in parts(annotations))
 
     def delete_tasks(self, project: str, tasks: list[int]) -> int:
         """Tasks that were deleted take their annotations with them. Returns how many annotations that were."""
@@ -341,7 +356,7 @@ def _keep_annotation(session: Session, row: Annotation, seen: bool) -> bool:
     known = session.scalar(select(Annotation).where(*states, *same))
     newest = session.scalar(select(Annotation).where(*states, Annotation.current))
     if known is not None:
-        return seen and _seen_again(known, newest, row.task)
+        return seen and _seen_again(known, newest, row)
     copy = {c.key: getattr(row, c.key) for c in Annotation.__table__.columns if c.key not in ("id", "received_at")}
     late = newest is not None and (
         newest.updated_us > row.updated_us or (newest.deleted and (not seen or newest.updated_us == row.updated_us))
@@ -353,20 +368,20 @@ def _keep_annotation(session: Session, row: Annotation, seen: bool) -> bool:
     return True
 
 
-def _seen_again(known: Annotation, newest: Annotation | None, task: int) -> bool:
+def _seen_again(known: Annotation, newest: Annotation | None, shown: Annotation) -> bool:
     """Label Studio's API shows a state that the journal has. True if that changes something.
 
     *Remove Duplicated Tasks* moves annotations to another task, without a new updated_at, and deletes theirs: then they are there, not
     deleted. And a webhook may have brought the state that a tombstone hid until the API showed it, too.
     """
-    moved = known.task != task
+    moved = known.task != shown.task
     if newest is not None and newest is not known:
         if not newest.deleted or not (moved or newest.updated_us < known.updated_us):
             return False
         newest.current, known.current = False, True
     elif not moved:
         return False
-    known.task = task
+    known.task, known.points, known.fits = shown.task, shown.points, shown.fits
     return True
 
 

@@ -37,7 +37,7 @@ REPEAT_SECONDS = 600.0  # the same trouble is written into the log so often
 
 
 class Keeper:
-    """The threads of one process: a heart that keeps the lease; hands, a post office and a backstage, that work while it is held."""
+    """The threads of one process: a heart that keeps the lease; hands, a coach, a post office and a backstage, that work while it is held."""
 
     def __init__(self, services: Services, rounds: Rounds) -> None:
         self.services, self.rounds = services, rounds
@@ -48,7 +48,7 @@ class Keeper:
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=t, name=f"keeper-{t.__name__}", daemon=True)
-            for t in (self._heart, self._hands, self._post_office, self._backstage)
+            for t in (self._heart, self._hands, self._coach, self._post_office, self._backstage)
         ]
         self._next_core = self._next_sweep = self._next_due_sweep = self._next_prune = 0.0
         self._paused: dict[str, float] = {}  # what → monotonic time before which it is not tried again
@@ -81,6 +81,13 @@ class Keeper:
         while not self._stop.is_set():
             if self._holds.wait(timeout=1.0) and not self._stop.is_set():
                 self._try("the keeper's turn", self.tick)
+            self._stop.wait(TICK_SECONDS)
+
+    def _coach(self) -> None:
+        """Moves rounds on. Their images are fetched and sent, which may take long: beside the other work."""
+        while not self._stop.is_set():
+            if self._holds.wait(timeout=1.0) and not self._stop.is_set():
+                self._try("the coach's turn", self.train)
             self._stop.wait(TICK_SECONDS)
 
     def _post_office(self) -> None:
@@ -119,14 +126,17 @@ class Keeper:
             self._try(f"project {project.id}, predictions in the shadow", work)
         return made
 
+    def train(self) -> None:
+        """Each open round one step on."""
+        for job in self.rounds.open_jobs():
+            self._try(f"round {job}", partial(self.rounds.step, job))
+
     def tick(self) -> None:
         """One turn of the hands' work. No trouble of one part keeps the others from their turn."""
         now = time.monotonic()
         if now >= self._next_core:
             self._next_core = now + CORE_SECONDS
             self._try("the core", self._see_core)
-        for job in self.rounds.open_jobs():
-            self._try(f"round {job}", partial(self.rounds.step, job))
         for project in self._projects():
             self._try(f"project {project.id}", partial(self.rounds.start_if_due, project.id))
             self._try(f"project {project.id}, image sizes", partial(self._learn_sizes, project.id))

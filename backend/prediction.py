@@ -182,7 +182,7 @@ class Prediction:
             if asked:
                 self._ask(control, asked, supports[control_key(control)])
         self.ranker.see(self.looks)
-        return [self._result(at, [i for i in items if i.task == at]) for at in range(start, start + count)]
+        return [self._told(at, [i for i in items if i.task == at]) for at in range(start, start + count)]
 
     def _item(
         self, at: int, control: KeypointControl, fetched: dict[tuple[int, str], Future[Fetched]], support: list[tuple[str, KeypointSet]]
@@ -209,6 +209,9 @@ class Prediction:
             item.error = Unavailable("No time was left to fetch the image; ask again.")
         except KptError as error:
             item.error = error
+        except Exception:  # one task of N, whatever is wrong with it, leaves the others theirs
+            log.exception("project %s: a task cannot be read", self.project)
+            item.error = InvalidInput("The task cannot be read; the backend's log says why.")
         return item
 
     def _boxes(self, task: Json, control: KeypointControl, size: tuple[int, int]) -> list[DrawnBox]:
@@ -269,6 +272,13 @@ class Prediction:
                 item.add(result[0])
                 item.size = result[1]
 
+    def _told(self, at: int, items: list[_Item]) -> Json:
+        try:
+            return self._result(at, items)
+        except Exception:  # as in _item
+            log.exception("project %s: what was found cannot be told", self.project)
+            return failed(self.version.name, KptError("The prediction cannot be told; the backend's log says why."))
+
     def _result(self, at: int, items: list[_Item]) -> Json:
         """A task's prediction; empty with the reason if nothing of it worked."""
         regions: list[Json] = []
@@ -293,7 +303,7 @@ class Prediction:
         if errors and not regions:
             return failed(self.version.name, errors[0])
         number = self.tasks[at].get("id")
-        score = self.ranker.score(number, kept)
+        score = self.ranker.score(number if _is_id(number) else None, kept)
         if kept and not errors and not self.drawn and _is_id(number):
             self.made[number] = kept, score
             if self.given is None and is_unaided(self.project, number, self.services.settings.unaided_share):

@@ -90,10 +90,8 @@ def _bury(
         query = select(Annotation.annotation, Annotation.task).where(
             Annotation.project == project, Annotation.current, ~Annotation.deleted, Annotation.received_at < begun
         )
-        known = session.execute(query).all()
-    gone = [
-        a for a, t in known if (t in tasks if tasks is not None else t not in (keep_tasks or set())) and a not in there
-    ]
+        known = session.execute(query if tasks is None else query.where(Annotation.task.in_(tasks))).all()
+    gone = [a for a, t in known if t not in (keep_tasks or set()) and a not in there]
     return services.journal.delete_annotations(project, gone) if gone else 0
 
 

@@ -110,6 +110,7 @@ class Annotation(Base):
     __table_args__ = (
         UniqueConstraint("project", "annotation", "updated_us", "result_hash", name="one_saying"),
         Index("current_annotations", "project", "current", "task", "counts", "deleted", "points"),
+        Index("newest_states", "project", "annotation", "current"),
     )
 
 

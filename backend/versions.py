@@ -69,6 +69,19 @@ def cannot_serve(session: Session, row: Project, version: Version) -> str:
     return ""
 
 
+def still_taught(session: Session, row: Project, version: Version) -> Version | None:
+    """The version that serves or, where its adapter does not fit the label config as it is now, the nearest of those that it came
+    from whose adapter does: a name that is changed back brings back what was learned. None if there is no such."""
+    seen: set[int] = set()
+    at: Version | None = version
+    while at is not None and at.id not in seen:
+        seen.add(at.id)
+        if at.adapter and at.promoted and at.base == version.base and not cannot_serve(session, row, at):
+            return at
+        at = session.scalar(select(Version).where(Version.project == row.id, Version.name == at.parent)) if at.parent else None
+    return None
+
+
 def newest_annotation(session: Session) -> int:
     """annotations.id of the newest saying, of whatever project; 0 before the first."""
     return session.scalar(select(func.max(Annotation.id))) or 0
@@ -219,10 +232,10 @@ def recount(session: Session, row: Project, config: LabelConfig) -> None:
     columns = select(Annotation.id, Annotation.labels, Annotation.points, Annotation.fits).where(
         Annotation.project == row.id, Annotation.current
     )
-    for number, labels, points, fits in session.execute(columns).all():
-        now = reading(labels, config)
-        if now != {"points": points, "fits": fits}:
-            session.execute(update(Annotation).where(Annotation.id == number).values(now))
+    for number, labels, *before in session.execute(columns).all():
+        points, fits = reading(labels, config)
+        if before != [points, fits]:
+            session.execute(update(Annotation).where(Annotation.id == number).values(points=points, fits=fits))
     session.flush()
     row.labelled = session.scalar(select(func.count(func.distinct(Annotation.task))).where(*labelled(row.id))) or 0
     row.step = split.step_of(row.labelled)

@@ -21,10 +21,14 @@ log = logging.getLogger(__name__)
 _OWN = "webhook_secret"  # the fact that keeps the secret which was made up here
 
 
-def demanded(services: Services, project: str | None) -> str:
-    """The secret made up here that an event of this project must bring, since its webhook has it; empty if it need not."""
-    signed = project is not None and services.journal.fact(_signed(project))
-    return str(services.journal.fact(_OWN).get("value", "")) if signed else ""
+def made_up(services: Services) -> str:
+    """The secret that was made up here, one for all projects; empty before there is one."""
+    return str(services.journal.fact(_OWN).get("value", ""))
+
+
+def signed(services: Services, project: str | None) -> bool:
+    """Whether an event of this project must bring the secret, since its webhook has it."""
+    return project is not None and bool(services.journal.fact(_signed(project)))
 
 
 def sign(services: Services, project: str) -> None:

@@ -84,9 +84,9 @@ def read_result(
     if len(regions) < len(result):
         problems.append(f"{len(result) - len(regions)} entries of the result are no regions")
     boxes = [b for r in regions if (b := _read_box(control, r, width, height, problems))]
-    hidden = {_id(r) for r in regions if _is_hidden(control, r)} - {""}
+    hidden = {read_id(r) for r in regions if _is_hidden(control, r)} - {""}
     points = [p for r in regions for p in _read_points(control, r, width, height, hidden, problems)]
-    parents = {_id(r): _id(r, "parentID") for r in regions if r.get("type") != "choices" and _id(r)}
+    parents = {read_id(r): read_id(r, "parentID") for r in regions if r.get("type") != "choices" and read_id(r)}
     by_id = {b.region_id: b for b in boxes}
     groups = _grouped(points, parents, _relations(regions), boxes, problems)
     objects = [_object(control, members, by_id.get(group), problems) for group, members in groups.items() if members]
@@ -111,7 +111,7 @@ def _read_points(control: KeypointControl, region: Region, width: int | None, he
         return []
     if region.get("type") != "keypointlabels":
         return []
-    value, region_id = region.get("value"), _id(region)
+    value, region_id = region.get("value"), read_id(region)
     labels = value.get("keypointlabels") if isinstance(value, dict) else None
     where = f"keypoint region {region_id or 'without id'}"
     if not isinstance(value, dict) or not isinstance(labels, list) or not labels:
@@ -140,7 +140,7 @@ def _read_points(control: KeypointControl, region: Region, width: int | None, he
             )
             continue
         found.append(_Point(name, (float(x), float(y)), (percent[0], percent[1]), region_id in hidden, region_id,
-                            _id(region, "parentID"), _text(region.get("origin"))))  # fmt: skip
+                            read_id(region, "parentID"), _text(region.get("origin"))))  # fmt: skip
     return found
 
 
@@ -153,7 +153,7 @@ def _read_box(
     if region.get("type") not in BOXES:
         return None
     value = region["value"] if isinstance(region.get("value"), dict) else {}
-    where = f"box region {_id(region) or 'without id'}"
+    where = f"box region {read_id(region) or 'without id'}"
     labels = value.get("rectanglelabels") or value.get("labels")
     label = next((str(n) for n in labels if n in box.labels), None) if isinstance(labels, list) else None
     if labels and box.labels and label is None:
@@ -176,7 +176,7 @@ def _read_box(
         )
         return None
     return DrawnBox(
-        hull, _id(region) or f"unnamed box at {numbers[0]:g},{numbers[1]:g}", label, _text(region.get("origin"))
+        hull, read_id(region) or f"unnamed box at {numbers[0]:g},{numbers[1]:g}", label, _text(region.get("origin"))
     )
 
 
@@ -206,7 +206,7 @@ def _relations(regions: list[Region]) -> dict[str, set[str]]:
     """Region id → ids of the regions that a person related to it, in whatever direction."""
     found: dict[str, set[str]] = {}
     for region in regions:
-        ends = _id(region, "from_id"), _id(region, "to_id")
+        ends = read_id(region, "from_id"), read_id(region, "to_id")
         if region.get("type") == "relation" and all(ends):
             found.setdefault(ends[0], set()).add(ends[1])
             found.setdefault(ends[1], set()).add(ends[0])
@@ -305,7 +305,7 @@ def _object(
     return LabelledObject(keypoints, tuple(origins), tuple(ids), box)
 
 
-def _id(region: Region, key: str = "id") -> str:
+def read_id(region: Region, key: str = "id") -> str:
     """An id as text without the "#annotation" that the front end adds to parents; "" if there is none."""
     value = region.get(key)
     return str(value).partition("#")[0] if isinstance(value, (str, int)) else ""

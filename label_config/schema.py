@@ -29,7 +29,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -101,7 +102,7 @@ class KeypointControl:
             for part in re.findall(r"[^.\[\]]+", self.image_key):
                 if isinstance(value, Mapping):
                     value = value.get(part)
-                elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+                elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
                     value = value[int(part)]
                 else:
                     value = None
@@ -184,7 +185,7 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
     wire = tuple(wire_of(tag) for tag in tags)
     names, kind = _model_names(tags, shown)
     for what, given in (("value", shown), ("alias", wire), ("predicted_values", names)):
-        twice = sorted({w for w in given if given.count(w) > 1})
+        twice = _twice(given)
         if twice:
             raise SchemaError(
                 f"{show(element)} has the {what} '{twice[0]}' on several labels; each point needs its own, as in "
@@ -219,6 +220,11 @@ def _control(root: Element, element: Element, image: Element, alone: bool) -> Ke
     )  # fmt: skip
 
 
+def _twice(given: Sequence[Any]) -> list[Any]:
+    """What is given more than once, in the order of its first time."""
+    return [value for value, count in Counter(given).items() if count > 1]
+
+
 def _labels(element: Element) -> list[Element]:
     labels = [e for e in children_of(element, "label") if wire_of(e).strip()]
     if not labels and element.get("value", "").startswith("$"):
@@ -232,7 +238,7 @@ def _ordered(element: Element, tags: list[Element]) -> list[Element]:
     """By model_index where given; labels without one follow in the order of the config."""
     index = [integer(tag, "model_index", None) for tag in tags]
     given = [i for i in index if i is not None]
-    twice = sorted({i for i in given if given.count(i) > 1})
+    twice = _twice(given)
     if twice:
         raise SchemaError(f'{show(element)} has model_index="{twice[0]}" on two labels. Number them 0, 1, 2, …')
     last = max(given, default=0) + 1

@@ -179,6 +179,7 @@ class World:
     def turn(self) -> None:
         """What the keeper's threads do in a second."""
         self.keeper.tick()
+        self.keeper.train()
         self.keeper.rehearse()
 
     def tick_until(self, done: Callable[[], bool], seconds: float = 60.0) -> None:

@@ -172,7 +172,7 @@ def served(made: Beetles) -> Iterator[str]:
             work()
 
     keeper = made.here.keeper
-    hands = [threading.Thread(target=keep, args=(work,), daemon=True) for work in (keeper.tick, keeper.rehearse)]
+    hands = [threading.Thread(target=keep, args=(work,), daemon=True) for work in (keeper.tick, keeper.train, keeper.rehearse)]
     for thread in (*hands, threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)):
         thread.start()
     try:

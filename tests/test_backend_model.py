@@ -74,7 +74,7 @@ def test_a_batch_survives_each_kind_of_bad_task(here: World) -> None:
         {"id": 12, "data": {"image": "http://169.254.169.254/x.png"}},
         {"id": [], "data": {"image": {"a": 1}}},
     ]
-    tasks = [here.task(1), *bad, here.task(2)]
+    tasks = [here.task(1), *bad, here.task(2) | {"id": [2]}]
     results = here.predict(*tasks)
     assert len(results) == len(tasks)
     assert [bool(r["result"]) for r in results] == [True, *[False] * len(bad), True]
@@ -252,7 +252,7 @@ def test_objects_are_not_looked_for_where_people_draw_the_boxes(here: World) -> 
 
 
 @pytest.mark.parametrize(
-    "context", [{}, {"result": None}, {"result": [None, 1]}, {"result": [{}]}, "x", {"result": [{"value": []}]}]
+    "context", [{}, {"result": None}, {"result": [None, 1]}, {"result": [{}]}, "x", {"result": [{"value": []}]}, {"result": [{"from_name": ["kp"]}]}]
 )
 def test_odd_contexts_do_no_harm(here: World, context: Any) -> None:
     assert here.predict(here.task(1), context=context)[0]["result"]
@@ -313,6 +313,32 @@ def test_an_adapter_that_the_core_refuses_is_set_aside_and_the_previous_version_
     (row,) = [v for v in here.status()["versions"] if v["model_version"] == promoted]
     assert not row["promoted"]
     assert "Set aside" in row["reason"]
+
+
+def test_one_odd_answer_on_the_way_to_the_core_demotes_nothing(here: World) -> None:
+    here.label(*range(1, 13))
+    assert here.play_round()["promoted"] is True
+    trained = here.setup().get_json()["model_version"]
+    real, odd = here._server.app, iter([True])
+
+    def once(environ: Any, start: Any) -> Any:
+        if environ["PATH_INFO"] == "/predict" and next(odd, False):
+            start("200 OK", [("Content-Type", "text/html")])
+            return [b"<html>please log in</html>"]
+        return real(environ, start)
+
+    here._server.app = once
+    (prediction,) = here.predict(here.task(50))
+    assert prediction["model_version"] == f"{trained}+retry" and "than agreed" in prediction["error"]["message"]
+    (prediction,) = here.predict(here.task(50))
+    assert prediction["model_version"] == trained and prediction["result"]
+
+
+def test_a_task_that_breaks_the_code_leaves_the_others_theirs(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.prediction.image_size", lambda data: 1 / 0 if data == picture(2) else (64, 48))
+    monkeypatch.setattr("backend.prediction.control_row", lambda *_: 1 / 0)
+    first, second = here.predict(here.task(1), here.task(2))
+    assert "cannot be told" in first["error"]["message"] and "cannot be read" in second["error"]["message"]
 
 
 def test_a_core_with_another_base_makes_another_version(here: World) -> None:

@@ -28,14 +28,14 @@ def test_every_work_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert [row["images"] for row in rows] == [40, 60] and all(value > 0 for row in rows for value in row.values())
 
 
-def plans(services: Services, work: Callable[[], object], table: str) -> list[str]:
-    """SQLite's plan for everything that a work reads of a table, but for rows that are asked for whole (the ORM's)."""
+def plans(services: Services, work: Callable[[], object], table: str, whole: bool = False) -> list[str]:
+    """SQLite's plan for everything that a work reads of a table. whole: also of rows that are asked for whole (the ORM's)."""
     asked: list[tuple[str, object]] = []
     engine = services.journal._reading
     listen = event.listens_for(engine, "before_cursor_execute")
     listen(lambda connection, cursor, statement, parameters, context, many: asked.append((statement, parameters)))
     work()
-    looks = [(s, p) for s, p in asked if s.startswith("SELECT") and not s.startswith(f"SELECT {table}.id, {table}.project")]
+    looks = [(s, p) for s, p in asked if s.startswith("SELECT") and (whole or not s.startswith(f"SELECT {table}.id, {table}.project"))]
     with engine.connect() as connection:
         rows = [row[3] for s, p in looks for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {s}", p)]
     return [plan for plan in rows if f" {table} " in plan]
@@ -66,3 +66,16 @@ def test_a_look_at_a_project_reads_no_annotation_but_what_does_not_fit(filled: S
     found = plans(filled, lambda: project_status(filled, Rounds(filled), scale.PROJECT), "annotations")
     reads = [plan for plan in found if "COVERING" not in plan]
     assert len(found) >= 3 and all("misfit_annotations" in plan for plan in reads), reads
+
+
+def test_an_annotation_that_comes_or_goes_reads_its_own_states_alone(filled: Services) -> None:
+    config = parse(scale.CONFIG)
+    row = scale.annotation(config, 2, scale.predicted(config, scale.np.random.default_rng(1))[1], scale.np.random.default_rng(1))
+
+    def work() -> None:
+        assert filled.journal.record(scale.PROJECT, [], [row], config) == 1
+        assert filled.journal.delete_annotations(scale.PROJECT, [3, 4]) == 2
+
+    found = plans(filled, work, "annotations", whole=True)
+    reads = [plan for plan in found if "COVERING" not in plan and "annotation=?" not in plan]
+    assert len(found) >= 6 and not reads, reads

@@ -133,9 +133,9 @@ def test_a_full_queue_is_waited_for() -> None:
 @pytest.mark.parametrize(
     ("answer", "kind", "words"),
     [
-        (Answer(200, b"<html>"), ArtifactError, "something else than agreed"),
-        (reply([1]), ArtifactError, "something else than agreed"),
-        (reply({"base": "b", "results": [1, 2]}), ArtifactError, "something else than agreed"),
+        (Answer(200, b"<html>"), Unavailable, "something else than agreed"),
+        (reply([1]), Unavailable, "something else than agreed"),
+        (reply({"base": "b", "results": [1, 2]}), Unavailable, "something else than agreed"),
         (Answer(500, b"Traceback (most recent call last)"), Unavailable, "HTTP 500"),
         (Answer(302, b"", {"Location": "http://127.0.0.2/"}), Unavailable, "HTTP 302"),
         (reply({"error": {"code": "unauthorized", "message": "x"}}, 401), Unauthorized, "CORE_TOKEN"),

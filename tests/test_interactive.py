@@ -180,8 +180,9 @@ def test_a_click_is_about_the_object_whose_box_holds_it(here: World, calls: list
 
 def test_a_box_that_a_program_made_without_an_id_is_passed_over(here: World) -> None:
     nameless = {k: v for k, v in rectangle(10, 10, 40, 40).items() if k != "id"}
-    answer = draw(here, click("nose", 20, 20), config=WITH_BOX, annotations=[{"id": 1, "result": [nameless]}])
-    assert by_label(answer)["nose"]["value"]["x"] == pytest.approx(20)
+    for odd in ({}, {"id": 1.5}, {"id": "#"}, {"id": ["x"]}):
+        answer = draw(here, click("nose", 20, 20), config=WITH_BOX, annotations=[{"id": 1, "result": [nameless | odd]}])
+        assert by_label(answer)["nose"]["value"]["x"] == pytest.approx(20)
 
 
 def test_in_several_boxes_a_click_corrects_the_nearest_such_point(here: World, calls: list[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.orm import Session
 
 from backend import split
 from backend.intake import annotation_row, id_of, project_of, task_row, updated_us
@@ -128,6 +129,18 @@ def test_annotations_that_label_studio_moves_to_another_task_are_kept(journal: J
     found = current(journal)[1002]
     assert found.task == 1 and not found.deleted and found.counts
     assert journal.record("1", [], [annotation_row("1", body(2), 1, config)], config, seen=True) == 0
+    for _ in range(2):  # and may be deleted, and come back, as any other
+        assert journal.delete_annotations("1", [1002]) == 1
+        assert [c.task for c in journal.candidates("1")] == [1] and current(journal)[1002].deleted
+        assert journal.record("1", [], [annotation_row("1", body(2), 3, config)], config, seen=True) == 1
+        assert {c.task for c in journal.candidates("1")} == {1, 3}
+        assert journal.record("1", [], [annotation_row("1", body(2), 1, config)], config, seen=True) == 1
+
+
+def test_more_annotations_go_at_once_than_a_statement_names(journal: Journal) -> None:
+    record(journal, *((task, body(task)) for task in range(1, 31)))
+    assert journal.delete_annotations("1", [*range(1001, 1021), *range(5000, 6200)]) == 1220
+    assert [c.task for c in journal.candidates("1")] == list(range(21, 31))
 
 
 def test_deleted_tasks_take_their_annotations_along(journal: Journal) -> None:
@@ -245,6 +258,14 @@ def test_a_renamed_point_loses_its_labels_and_never_takes_anothers_place(journal
     points = after.support[0]["controls"]["kp:image"]["keypoints"]
     assert dict(zip(points["names"], points["visibility"], strict=True)) == {"muzzle": 0, "tail": 2, "ear": 2}
     assert after.name != before
+
+
+def test_annotations_that_were_on_their_way_are_read_by_the_config_as_it_is_now(journal: Journal) -> None:
+    more = CONFIG.replace('<Label value="nose"/>', '<Label value="nose"/><Label value="paw"/>')
+    journal.observe("1", more, "nano-0")
+    assert record(journal, (1, body(1, labels=("paw",))), config=CONFIG) == 1  # who brings it heard of the config before
+    assert [(c.task, c.points) for c in journal.candidates("1")] == [(1, 1)]
+    assert current(journal)[1001].fits
 
 
 def test_a_config_of_other_names_has_no_examples_until_it_is_undone(journal: Journal) -> None:
@@ -401,6 +422,38 @@ def test_a_database_that_stays_locked_is_told_in_words(url: str, tmp_path: Path)
     assert journal.base() is None  # reading goes on
     other.execute("ROLLBACK")
     other.close()
+
+
+@on_sqlite
+def test_a_writer_that_hangs_holds_up_another_thread_for_so_long_only(url: str) -> None:
+    journal, writes, go_on = Journal(url, patience=0.2), threading.Event(), threading.Event()
+
+    def work(session: Session) -> None:
+        session.get(Group, ("1", "g"))
+        writes.set()
+        go_on.wait(20)
+
+    hangs = threading.Thread(target=lambda: journal.write(work))
+    hangs.start()
+    assert writes.wait(10)
+    with pytest.raises(Unavailable, match="locked"):
+        journal.log_event("1", "TEST")
+    go_on.set()
+    hangs.join()
+    journal.log_event("1", "TEST")
+
+
+def test_a_value_that_many_change_at_once_keeps_what_each_put_there(journal: Journal) -> None:
+    def change(who: str) -> None:
+        for _ in range(10):
+            journal.change_fact("all", lambda value: value | {who: value.get(who, 0) + 1})
+
+    threads = [threading.Thread(target=change, args=(who,)) for who in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert journal.fact("all") == {"a": 10, "b": 10, "c": 10}
 
 
 def test_many_threads_and_journals_write_at_once(url: str, journal: Journal) -> None:

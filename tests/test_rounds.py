@@ -171,7 +171,7 @@ def test_images_that_cannot_be_had_are_left_out_with_the_reason(here: World) -> 
     here.studio.routes["/data/upload/1/3.png"] = Answer(404)
     here.studio.routes["/data/upload/1/4.png"] = Answer(body=b"no image")
     here.webhook("START_TRAINING")
-    here.keeper.tick()
+    here.keeper.train()
     message = here.status()["job"]["message"]
     assert "Left out: task 3:" in message and "task 4:" in message
     job = here.play_round()
@@ -215,8 +215,17 @@ def test_an_adapter_of_other_names_is_set_aside_and_comes_back_with_them(here: W
     renamed = here.setup(CONFIG.replace('"nose"', '"muzzle"')).get_json()["model_version"]
     assert "+r0+" in renamed
     assert "set aside" in here.status()["versions"][-1]["reason"]
-    here.setup(CONFIG)
-    assert here.client.post(f"/projects/1/versions/{trained}/activate").status_code == 200
+    here.label(20, labels=("tail", "ear"))
+    assert here.setup(CONFIG).get_json()["model_version"] == trained
+
+
+def test_an_adapter_that_a_person_put_aside_does_not_come_back_by_a_change_of_the_config(here: World) -> None:
+    here.label(*range(1, 13))
+    untrained = here.setup().get_json()["model_version"]
+    here.play_round()
+    assert here.client.post(f"/projects/1/versions/{untrained}/activate").status_code == 200
+    more = CONFIG.replace('<Label value="nose"/>', '<Label value="nose"/><Label value="paw"/>')
+    assert "+r0+" in here.setup(more).get_json()["model_version"]
 
 
 def test_a_failed_trainer_is_told_and_the_next_round_gets_another_number(here: World) -> None:
@@ -299,7 +308,7 @@ def test_a_core_that_is_down_is_waited_for(here: World) -> None:
     here.setup()
     here.stop_core()
     here.webhook("START_TRAINING")
-    here.keeper.tick()
+    here.keeper.train()
     job = here.status()["job"]
     assert job["state"] == "requested"
     assert "waiting: The core" in job["message"]
@@ -358,13 +367,29 @@ def test_the_keepers_threads_do_the_work_by_themselves(here: World) -> None:
     assert here.status()["job"]["promoted"] is True
 
 
+def test_sweeps_go_on_while_a_round_fetches_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with with_token(tmp_path, sweep_seconds=0.2) as here:
+        here.serve_api([])
+        here.setup()
+        here.label(*range(1, 13))
+        fetched, swept = threading.Event(), threading.Event()
+        monkeypatch.setattr("backend.rounds.usable_images", lambda *_: fetched.wait(20) and None)
+        monkeypatch.setattr("backend.rounds.sweep", lambda *_: 0)
+        here.rounds.start("1", "a test")
+        here.keeper.start()
+        monkeypatch.setattr(keeper, "sweep_all", lambda *_: swept.set())
+        assert swept.wait(10) and here.status()["job"]["state"] == "requested"
+        fetched.set()
+        here.keeper.stop()
+
+
 def test_the_keepers_threads_outlive_a_journal_that_is_gone_for_a_moment(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "PAUSE_SECONDS", 0.1)
     really, failures = here.services.journal.reading, 0
 
     def reading() -> Any:
         nonlocal failures
-        if threading.current_thread().name in ("keeper-_hands", "keeper-_backstage") and failures < 6:
+        if threading.current_thread().name in ("keeper-_hands", "keeper-_coach", "keeper-_backstage") and failures < 6:
             failures += 1
             raise Unavailable("The journal cannot be read.")
         return really()
@@ -375,7 +400,7 @@ def test_the_keepers_threads_outlive_a_journal_that_is_gone_for_a_moment(here: W
     keep_until_done(here, seconds=30)
     alive = [thread.is_alive() for thread in here.keeper._threads]
     here.keeper.stop()
-    assert failures == 6 and alive == [True] * 4 and here.status()["job"]["promoted"] is True
+    assert failures == 6 and alive == [True] * 5 and here.status()["job"]["promoted"] is True
 
 
 def test_a_round_whose_images_do_not_fit_the_core_ends_in_words(here: World) -> None:

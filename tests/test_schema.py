@@ -229,6 +229,7 @@ def test_the_image_in_a_tasks_data() -> None:
     for bad in ({}, {"image": None}, {"image": ""}, {"image": 3}, {"image": ["x"]}):
         assert of("$image", bad) is None
     assert of("$a[1].b", {"a": [0]}) is None
+    assert of("$a[²]", {"a": ["x"]}) is None
 
 
 BAD = {

@@ -295,7 +295,7 @@ def test_a_round_that_is_cancelled_while_it_is_sent_does_not_go_on_at_the_core(h
         return answer
 
     here.services.core.start_round = meanwhile  # type: ignore[method-assign]
-    here.keeper.tick()
+    here.keeper.train()
     assert here.status()["job"]["state"] == "cancelled"
     (sent,) = here.core.jobs._jobs.values()
     assert sent.cancelled.is_set() or sent.state == "cancelled"

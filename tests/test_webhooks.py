@@ -90,7 +90,7 @@ def test_the_secret_of_the_settings_comes_first(tmp_path: Path) -> None:
         assert send(here, "of-ours") == 200
 
 
-def test_with_basic_auth_a_signed_webhook_needs_no_login(tmp_path: Path) -> None:
+def test_with_basic_auth_a_signed_webhook_needs_no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with world(tmp_path, label_studio_api_key="0" * 40, basic_auth_user="me", basic_auth_pass="word") as here:
         here.client.post("/setup", json={"project": "1", "schema": CONFIG}, auth=("me", "word"))
         studio = Hooks(here)
@@ -98,6 +98,8 @@ def test_with_basic_auth_a_signed_webhook_needs_no_login(tmp_path: Path) -> None
         sweep(here)
         assert [send(here), send(here, "x"), send(here, studio.secret)] == [401, 401, 200]
         assert send(here, action="START_TRAINING") == 401, "with basic auth the button brings the login"
+        monkeypatch.setattr("backend.app.strict_json", lambda _: pytest.fail("parsed for somebody without a login"))
+        assert [send(here), send(here, "x")] == [401, 401]
 
 
 def test_without_a_webhook_of_ours_nothing_is_demanded(here: World) -> None:
