@@ -7,6 +7,7 @@ pixels, and without the hidden ones. Its YOLO export keeps objects apart (by the
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,6 @@ from backend.services import Services
 from backend.settings import Settings
 from kptllm_core.errors import InvalidInput, KptError
 from kptllm_core.imaging import image_size
-from kptllm_core.store import write_json
 from label_config.annotations import ReadResult, read_result
 from label_config.schema import KeypointControl, LabelConfig, parse
 
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     finally:
         services.journal.close()
     categories = {kind: (list(c.labels), list(c.schema.skeleton)) for kind, c in _kinds(config).items()}
-    write_json(args.path, coco_of(categories, images))
+    part = args.path.with_name(f"{args.path.name}.part")
+    part.write_text(json.dumps(coco_of(categories, images)), encoding="utf-8")
+    part.replace(args.path)
     print(f"{args.path}: {len(images)} images with {sum(len(image.things) for image in images)} objects.")
     for problem in problems:
         print(f"– {problem}.")

@@ -4,7 +4,7 @@
     python benchmarks/rounds.py --data DIR --labels 20 --ablate benchmarks/recipes.json
 
 --data and --labels may be repeated. Labelled and scored images never share a group (a video, an animal) where there are
-groups enough; a round on more labels adds to those of fewer. Up to eight of the labelled images are the support set, before and after,
+groups enough; a round on more labels adds to those of fewer. Up to twenty of the labelled images are the support set, before and after,
 as in serving. The time is the training's own, on all cores unless --jobs says otherwise.
 
 A recipe is JSON: fields of `kptllm_core.loop.Recipe` (rate, steps, seconds, episodes …), `lora_rank` and `lora_alpha`,
@@ -34,6 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from backend.split import MAX_SUPPORT
 from benchmarks.parallel import run_each
 from kptllm_core import adapters, crowds, metrics, report
 from kptllm_core.checkpoint import Checkpoint, load_checkpoint
@@ -45,11 +46,12 @@ from kptllm_core.keypoints import SHOWN, KeypointSchema
 from kptllm_core.loop import Recipe
 from kptllm_core.predictor import Example, Predictor
 from kptllm_core.scoring import PointPredictor, score_predictor
+from kptllm_core.shots import NEAREST
 from kptllm_core.train import ADAPT, train_adapter
 
 SCORED = 100  # images at most
 SEARCHED = 25  # of them, for all objects that they show
-SUPPORT = 8  # of the labelled images, as the backend takes at twenty labels
+SUPPORT = MAX_SUPPORT  # of the labelled images, as the backend takes
 SECONDS = 150.0
 CONFIGURED = ("lora_rank", "lora_alpha")
 PARTS = ("full", "lora")
@@ -83,7 +85,7 @@ class Round:
         """Where its result is kept: named by all that it depends on."""
         settings = {k: v for k, v in asdict(self.settings).items() if v != getattr(Recipe(), k)}
         rest = {k: v for k, v in json.loads(self.recipe).items() if k in (*CONFIGURED, *PARTS)}
-        known = {**settings, **rest, "found by": found_by(self.model)}
+        known = {**settings, **rest, "found by": found_by(self.model), "support": SUPPORT, "nearest": NEAREST}
         digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
         how = f"round{self.labels}-{self.seconds:g}s-seed{self.seed}-{digest}{'-found' if self.found else ''}"
         return reports / f"{self.base}-{self.folder.name}-{how}.json"

@@ -16,7 +16,7 @@ from kptllm_core.keypoints import MAX_KEYPOINTS, KeypointSchema, KeypointSet
 from kptllm_core.store import check_adapter_name, check_sha
 
 MAX_QUERIES = 1000
-MAX_SUPPORT = 10
+MAX_SUPPORT = 50  # examples to choose from for each query (shots.py)
 MAX_SAMPLES = 20_000
 MAX_CANDIDATES = 1000
 MAX_NAME = 500

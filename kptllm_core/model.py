@@ -23,6 +23,7 @@ from kptllm_core.decoder import Answer, Decoder, Support
 from kptllm_core.instances import Detected, Instances
 from kptllm_core.language import Questions
 from kptllm_core.prompts import PromptFeatureExtractor, ShotAttention
+from kptllm_core.shots import Shots, look_of
 from kptllm_core.vision import Features, build_encoder
 
 MAX_TOKENS = 2048  # of all questions in one pass: its mask grows with their square
@@ -67,16 +68,20 @@ class KptLLM(nn.Module):
         """(B, 3, S, S) uint8 or 0…255 → feature maps."""
         return self.vision(images)
 
-    def support(self, features: list[Features], xy: Tensor, known: Tensor) -> Support:
+    def show(self, features: list[Features], xy: Tensor, known: Tensor) -> Shots:
         """S support images for each of B queries. features: S items with batch B; xy: (B, S, K, 2) in 0…1; known: (B, S, K) bool."""
         correlation = self.decoder.correlation
         tokens = torch.stack([self.extractor(f, xy[:, s]) for s, f in enumerate(features)], 1)
         parts = [correlation.sample(correlation.describe(f), xy[:, s]) for s, f in enumerate(features)]
         fine, middle, coarse = (torch.stack(level, 1) for level in zip(*parts, strict=True))
-        weight = self.shots(tokens, known)
-        token = (tokens * weight.unsqueeze(-1).to(tokens.dtype)).sum(1)
-        layout = torch.where(known.any(1).unsqueeze(-1), (xy * weight.unsqueeze(-1)).sum(1), 0.5)
-        return Support(token, (fine, middle, coarse), weight, known.any(1), layout)
+        return Shots(tokens, (fine, middle, coarse), xy, known, torch.stack([look_of(f) for f in features], 1))
+
+    def support(self, shots: Shots) -> Support:
+        """What the shots say together."""
+        weight, known = self.shots(shots.token, shots.known), shots.known.any(1)
+        token = (shots.token * weight.unsqueeze(-1).to(shots.token.dtype)).sum(1)
+        layout = torch.where(known.unsqueeze(-1), (shots.xy * weight.unsqueeze(-1)).sum(1), 0.5)
+        return Support(token, shots.descriptor, weight, known, layout)
 
     def no_support(self, batch: int, count: int, device: torch.device) -> Support:
         """The support of a question by name alone."""

@@ -10,6 +10,7 @@ from typing import Any
 from kptllm_core.ablation import ABLATIONS
 from kptllm_core.baselines import BASELINES
 from kptllm_core.errors import InvalidInput
+from kptllm_core.messages import MAX_SUPPORT
 from kptllm_core.protocol import BOXES, PARTS
 from kptllm_core.published import PUBLISHED
 
@@ -55,8 +56,8 @@ class Options:
             if number < minimum:
                 why = " (0 is possible with --prompt text only)" if name == "shots" else ""
                 raise InvalidInput(f"{flag} {number} is too small. Expected at least {minimum}{why}.")
-        if self.shots > 10:
-            raise InvalidInput(f"--shots {self.shots} is too many. A prompt holds at most 10 support examples.")
+        if self.shots > MAX_SUPPORT:
+            raise InvalidInput(f"--shots {self.shots} is too many. A prompt holds at most {MAX_SUPPORT} support examples.")
         if not 0 <= self.wrong < max(self.shots, 1):
             raise InvalidInput(f"--wrong {self.wrong} of {self.shots} shots. Expected at least one that is right; lower --wrong.")
         self._check_together()
@@ -102,9 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "protocol of a data set that you have: mp100 or ap10k, with --annotations and --images (default: %(default)s)")  # fmt: skip
     add("--annotations", type=Path, metavar="FILE", help="with --protocol mp100 or ap10k: the split's annotation file")
     add("--images", **folder, help="with --protocol mp100 or ap10k: the folder in which the file's image names start")
-    add(
-        "--shots", **number, default=default.shots, help="support objects of an episode, 1 to 10 (default: %(default)s)"
-    )
+    add("--shots", **number, default=default.shots, help=f"support objects of an episode, 1 to {MAX_SUPPORT} (default: %(default)s)")
     add("--episodes", **number, default=default.episodes, help="episodes per category (default: %(default)s)")
     add("--queries", **number, default=default.queries, help="queries per episode (default: %(default)s)")
     add("--seed", **number, default=default.seed, help="of everything random (default: %(default)s)")

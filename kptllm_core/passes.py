@@ -20,6 +20,7 @@ from kptllm_core.language import write_questions
 from kptllm_core.lexicon import lexicon
 from kptllm_core.model import Asked, KptLLM
 from kptllm_core.objective import RARE
+from kptllm_core.shots import Shots, look_of
 from kptllm_core.support import Example, Prepared, Prompt, margin_of, usable_box, usual_points, with_margin
 from kptllm_core.vision import Features, grid_positions
 
@@ -58,8 +59,8 @@ class Passes:
             raise InvalidInput("No support example has a labelled point of this schema. Label at least one.")
         boxes = [usable_box(p, e.image) for p, e in zip(points, support, strict=True)]
         images = [e.image for e in support]
-        tight = self._support(images, points, [self.crop(i, b) for i, b in zip(images, boxes, strict=True)])
-        whole = self._support(images, points, [self.crop(i, None) for i in images])
+        tight = self._shots(images, points, [self.crop(i, b) for i, b in zip(images, boxes, strict=True)])
+        whole = self._shots(images, points, [self.crop(i, None) for i in images])
         margins = [margin_of(p, b) for p, b in zip(points, boxes, strict=True) if p.placed.any()]
         shares = [max(b[2], b[3]) / max(i.shape[:2]) for b, i in zip(boxes, images, strict=True)]
         return Prepared(tight, whole, np.mean(margins, 0), float(np.median(shares)), usual_points(points))
@@ -80,17 +81,17 @@ class Passes:
         return [self._finish(*item, prompt.margin) for item in zip(sets, boxes, images, strict=True)]
 
     @torch.inference_mode()
-    def points_of_crops(self, images: Sequence[np.ndarray], crops: Sequence[Crop], prompt: Prompt, support: Support | None,
+    def points_of_crops(self, images: Sequence[np.ndarray], crops: Sequence[Crop], prompt: Prompt, shots: Shots | None,
                         order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None,
                         taken: Sequence[Taken] | None = None) -> list[KeypointSet]:  # fmt: skip
-        """One pass over some crops → points in image pixels. support: the examples as they are compared with. The rest is as in `points`."""
+        """One pass over some crops → points in image pixels. shots: the examples as they are compared with. The rest is as in `points`."""
         model, batch = self.model, len(images)
         features = self.encode(images, crops)
         index = torch.tensor(range(len(prompt.schema)) if order is None else order, device=self.device)
         names = [prompt.schema.names[int(i)] for i in index]
-        whole = self._repeated(support, batch, len(prompt.schema))
+        whole = self._support(shots, features, len(prompt.schema))
         part = whole if order is None else whole.select(index)
-        asked = self._asked(names, prompt.named, part, support is not None)
+        asked = self._asked(names, prompt.named, part, shots is not None)
         _, state = model.ask(features, whole, part.token, asked)
         planes = model.correlate(features, part)
         heat = model.locate(features, part, state, planes)
@@ -110,7 +111,7 @@ class Passes:
         for start in range(0, len(crops), BATCH):
             part = crops[start : start + BATCH]
             features = self.encode([image] * len(part), part)
-            whole = self._repeated(prompt.tight, len(part), len(prompt.schema))
+            whole = self._support(prompt.tight, features, len(prompt.schema))
             asked = self._asked(prompt.schema.names, prompt.named, whole, prompt.tight is not None)
             found = self.model.detect(features, whole, asked)
             boxes.append(found.boxes.cpu().numpy())
@@ -132,15 +133,19 @@ class Passes:
         visibility[beyond & ~given & (not few)] = Visibility.ABSENT
         return KeypointSet(tuple(names), xy, visibility, answer.confidence[row].sigmoid().cpu().numpy())
 
-    def _support(self, images: Sequence[np.ndarray], points: Sequence[KeypointSet], crops: Sequence[Crop]) -> Support:
+    def _shots(self, images: Sequence[np.ndarray], points: Sequence[KeypointSet], crops: Sequence[Crop]) -> Shots:
         features = self.encode(images, crops)
         xy = np.stack([np.clip(c.to_crop(p.xy) / self.size, 0, 1) for c, p in zip(crops, points, strict=True)])
         known = torch.from_numpy(np.stack([p.placed for p in points]))[None].to(self.device)
-        shots = [features.pick(slice(s, s + 1)) for s in range(len(images))]
-        return self.model.support(shots, torch.from_numpy(xy).float()[None].to(self.device), known)
+        each = [features.pick(slice(s, s + 1)) for s in range(len(images))]
+        return self.model.show(each, torch.from_numpy(xy).float()[None].to(self.device), known)
 
-    def _repeated(self, support: Support | None, batch: int, count: int) -> Support:
-        return support.repeat(batch) if support is not None else self.model.no_support(batch, count, self.device)
+    def _support(self, shots: Shots | None, features: Features, count: int) -> Support:
+        """What each of the queries is shown. features: of the queries; count: of the points."""
+        batch = len(features.coarse)
+        if shots is None:
+            return self.model.no_support(batch, count, self.device)
+        return self.model.support(shots.nearest(look_of(features))).repeat(batch)
 
     def _asked(self, names: Sequence[str], named: bool, part: Support, prompted: bool) -> Asked:
         words = [lexicon().canonical(n) for n in names] if named else [None] * len(names)

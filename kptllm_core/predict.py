@@ -22,12 +22,12 @@ from kptllm_core.draw import draw_keypoints
 from kptllm_core.errors import DataError, ImageError, InvalidInput, KptError, TooLarge
 from kptllm_core.imaging import read_image
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, symmetric_pairs
+from kptllm_core.messages import MAX_SUPPORT
 from kptllm_core.predictor import Example, Predictor, load_predictor
 from kptllm_core.report import check_writable, write_json
 
 PROMPTS = ("auto", "visual", "text", "both")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif"}
-MAX_SHOTS = 10
 BATCH = 8
 
 
@@ -65,8 +65,8 @@ def list_images(folder: Path) -> list[Source]:
 
 def choose_support(folder: Path, shots: int, category: str | None) -> list[Sample]:
     """The objects with the most labelled points, from different images where possible. DataError, InvalidInput."""
-    if not 1 <= shots <= MAX_SHOTS:
-        raise InvalidInput(f"--shots {shots} is not possible. Expected 1 to {MAX_SHOTS}.")
+    if not 1 <= shots <= MAX_SUPPORT:
+        raise InvalidInput(f"--shots {shots} is not possible. Expected 1 to {MAX_SUPPORT}.")
     samples = [s for s in load_coco(folder).samples if s.keypoints.placed.any()]
     known = list(dict.fromkeys(s.category for s in samples))
     if not known:
@@ -166,7 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=5,
         metavar="N",
-        help="how many of the examples to use, 1 to 10 (default: %(default)s)",
+        help=f"how many of the examples to use, 1 to {MAX_SUPPORT} (default: %(default)s)",
     )
     add("--category", metavar="NAME", help="which category of the support folder, if it has several")
     add(

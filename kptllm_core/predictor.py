@@ -17,6 +17,7 @@ from kptllm_core.finder import Found
 from kptllm_core.geometry import box_of_points
 from kptllm_core.instances import MOST
 from kptllm_core.keypoints import SHOWN, KeypointSchema, KeypointSet
+from kptllm_core.messages import MAX_SUPPORT
 from kptllm_core.naming import choose_names, write_names
 from kptllm_core.objects import ImageObjects, Instance
 from kptllm_core.passes import Passes
@@ -25,7 +26,6 @@ from kptllm_core.support import Example, Prepared, Prompt, support_key
 __all__ = ["Example", "Instance", "Predictor", "load_predictor"]
 
 PROMPTS = ("auto", "visual", "text", "both")
-MAX_SHOTS = 10
 MAX_SUPPORTS = 32  # support sets that stay encoded
 
 
@@ -144,8 +144,8 @@ class Predictor:
             raise InvalidInput(f"Unknown prompt '{prompt}'. Expected one of {', '.join(PROMPTS)}.")
         if prompt in ("visual", "both") and not support:
             raise InvalidInput(f"A {prompt} prompt needs support examples; none were given. Label an image, or ask by text.")
-        if len(support) > MAX_SHOTS:
-            raise InvalidInput(f"{len(support)} support examples were given; at most {MAX_SHOTS} are used together.")
+        if len(support) > MAX_SUPPORT:
+            raise InvalidInput(f"{len(support)} support examples were given; expected at most {MAX_SUPPORT}.")
         shown = self._prepare(schema, support) if support and prompt != "text" else None
         return Prompt(schema, shown, named=prompt != "visual", taught=self.adapter is not None)
 

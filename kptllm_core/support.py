@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kptllm_core.decoder import Support
 from kptllm_core.geometry import box_of_points
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
+from kptllm_core.shots import Shots
 
 FAR = 0.75  # of the extent of the points: a box that reaches further beyond them is hardly told by them
 
@@ -29,8 +29,8 @@ class Example:
 class Prepared:
     """A support set, encoded twice: cropped to its objects, and as whole images (to find the object with)."""
 
-    tight: Support
-    whole: Support
+    tight: Shots
+    whole: Shots
     margin: np.ndarray
     """(4,) how far the objects' boxes reach beyond their points on the left, top, right, bottom; shares of the points' extent."""
     share: float
@@ -57,7 +57,7 @@ class Prompt:
         return replace(self, named=self.named and (self.shown is None or self.taught))
 
     @property
-    def tight(self) -> Support | None:
+    def tight(self) -> Shots | None:
         """As in `Prepared`; None without support."""
         return self.shown.tight if self.shown is not None else None
 

@@ -127,7 +127,7 @@ def test_mistakes_of_predict_are_told_in_one_line(
     unknown = fails(capsys, "predict", *images, "--support", folder, "--names", "nose,wing")
     assert "'wing' is not in the schema. Known: nose, left_ear, right_ear, tail" in unknown
     assert "unique; found twice: a" in fails(capsys, "predict", *images, "--names", "a,b,a")
-    assert "Expected 1 to 10" in fails(capsys, "predict", *images, "--support", folder, "--shots", 11)
+    assert "Expected 1 to 50" in fails(capsys, "predict", *images, "--support", folder, "--shots", 51)
     assert "Known: mouse" in fails(capsys, "predict", *images, "--support", folder, "--category", "rat")
     assert "no-such-model" in fails(capsys, "predict", *images, "--names", "a", "--model", "no-such-model")
     assert (

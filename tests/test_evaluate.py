@@ -508,7 +508,7 @@ def test_copy_averages_supports_and_needs_one() -> None:
     ("wrong", "message"),
     [
         ({"shots": 0}, "possible with --prompt text only"),
-        ({"shots": 11}, "at most 10"),
+        ({"shots": 51}, "at most 50"),
         ({"episodes": 0}, "--episodes 0"),
         ({"queries": -1}, "--queries"),
         ({"boxes": "none"}, "given, jittered, found"),

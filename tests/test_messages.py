@@ -52,7 +52,7 @@ def test_an_unusable_query_is_kept_as_its_error() -> None:
     ({"support": [{"image": A, "keypoints": {**POINTS, "xy": [[1, 2]]}}]}, InvalidInput, r"support\[0\]: xy must be numbers of shape"),
     ({"support": [{"image": A, "keypoints": {**POINTS, "xy": [[1, 1e300], [0, 0]]}}]}, InvalidInput, "not finite"),
     ({"support": [{"image": A, "keypoints": {**POINTS, "visibility": [2, 2**63]}}]}, InvalidInput, "visibility"),
-    ({"support": [{"image": A, "keypoints": POINTS}] * 11}, TooLarge, "at most 10"),
+    ({"support": [{"image": A, "keypoints": POINTS}] * 51}, TooLarge, "at most 50"),
     ({"queries": [{"image": A}] * (MAX_QUERIES + 1)}, TooLarge, "at most 1000"),
     ({"prompt": "telepathic"}, InvalidInput, "auto, visual, text, both"),
     ({"prompt": "visual", "support": []}, InvalidInput, "needs support examples"),

@@ -199,7 +199,7 @@ def test_backbones_of_transformers_load_from_their_own_format(tmp_path: Path) ->
     with torch.inference_mode():
         features = model.encode(torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8))
         xy = torch.rand(2, 1, 5, 2)
-        support = model.support([features], xy, torch.ones(2, 1, 5, dtype=torch.bool))
+        support = model.support(model.show([features], xy, torch.ones(2, 1, 5, dtype=torch.bool)))
         heat = model.locate(features, support, torch.zeros(2, 5, model.dim), model.correlate(features, support))
     assert [tuple(f.shape[-2:]) for f in features] == [(16, 16), (8, 8), (4, 4)]
     # Before any training, correlation alone finds each point in its own image.
@@ -212,7 +212,7 @@ def test_more_questions_than_a_pass_holds_are_answered_the_same(tiny_model: str,
     asked = Asked.of(write_questions(found.tokenizer, names, [True] * 7), 2, torch.device("cpu"))
     with torch.inference_mode():
         features = found.model.encode(torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8))
-        support = found.model.support([features], torch.rand(2, 1, 7, 2), torch.ones(2, 1, 7, dtype=torch.bool))
+        support = found.model.support(found.model.show([features], torch.rand(2, 1, 7, 2), torch.ones(2, 1, 7, dtype=torch.bool)))
         whole = found.model.ask(features, support, support.token, asked)
         monkeypatch.setattr("kptllm_core.model.MAX_TOKENS", 3 * asked.tokens.shape[-1])
         parts = found.model.ask(features, support, support.token, asked)

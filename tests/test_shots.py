@@ -1,0 +1,92 @@
+"""Of many examples each query is shown those that look most like it, and no query decides for another."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kptllm_core.keypoints import KeypointSchema, KeypointSet
+from kptllm_core.predictor import Example, Predictor, load_predictor
+from kptllm_core.shots import NEAREST, Shots
+from kptllm_core.synthetic import Category
+
+SAME = 2e-3  # pixels
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_model: str) -> Predictor:
+    return load_predictor(tiny_model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scene() -> tuple[KeypointSchema, list[Example]]:
+    rng = np.random.default_rng(5)
+    category = Category.sample(rng)
+    return category.schema, [Example(*category.render(rng, 96)) for _ in range(14)]
+
+
+def shots(looks: list[float], known: list[list[bool]]) -> Shots:
+    """Two points; a shot's token, descriptor and place say which one it is. looks: an angle each."""
+    angle = torch.tensor(looks)
+    count = len(looks)
+    number = torch.arange(count, dtype=torch.float32).view(1, count, 1, 1).expand(1, count, 2, 1)
+    look = torch.stack([angle.cos(), angle.sin()], -1)[None]
+    return Shots(number, (number, number, number), number.expand(1, count, 2, 2), torch.tensor(known)[None], look)
+
+
+def test_few_shots_are_all_shown() -> None:
+    few = shots([0.1 * i for i in range(NEAREST)], [[True, True]] * NEAREST)
+    assert few.nearest(torch.ones(3, 2)) is few
+
+
+def test_each_query_and_point_gets_the_most_alike_that_know_it() -> None:
+    angles = [i * 2 * np.pi / 8 for i in range(8)]  # all around, so that their spread is the same in each direction
+    known = [[True, i % 2 == 0] for i in range(8)]
+    found = shots(angles, known).nearest(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    chosen = found.token[..., 0].long()
+    assert set(chosen[0, :, 0].tolist()) == {0, 1, 2, 6, 7} and set(chosen[1, :, 0].tolist()) == {2, 3, 4, 5, 6}
+    assert {int(s) for s, k in zip(chosen[0, :, 1], found.known[0, :, 1], strict=True) if k} == {0, 2, 4, 6}
+    assert found.known[..., 0].all() and found.known[..., 1].sum(1).tolist() == [4, 4]
+    assert torch.equal(found.xy[..., 0], found.token[..., 0]) and torch.equal(found.descriptor[2], found.token)
+
+
+def test_an_image_among_the_examples_is_shown_itself(predictor: Predictor, scene: tuple[KeypointSchema, list[Example]]) -> None:
+    """So it is answered as well as if it were the only example, or nearly; with all fourteen blurred together it is not."""
+    schema, examples = scene
+    asked = examples[::3]
+
+    def error(support: list[Example], example: Example) -> float:
+        (found,) = predictor.predict([example.image], schema, support, [example.keypoints.box], "visual")
+        return float(np.linalg.norm(found.xy - example.keypoints.xy, axis=1)[example.keypoints.placed].mean())
+
+    many = np.mean([error(examples, e) for e in asked])
+    others = np.mean([error([o for o in examples if o is not e], e) for e in asked])
+    assert many < others
+
+
+def test_neither_the_order_nor_the_batch_nor_how_many_are_far_away_changes_anything(
+    predictor: Predictor, scene: tuple[KeypointSchema, list[Example]]
+) -> None:
+    schema, examples = scene
+    images, boxes, support = [e.image for e in examples[:3]], [e.keypoints.box for e in examples[:3]], examples[3:]
+    together = predictor.predict(images, schema, support, boxes, "both")
+    for image, box, one in zip(images, boxes, together, strict=True):
+        (alone,) = predictor.predict([image], schema, support[::-1], [box], "both")
+        assert np.abs(alone.xy - one.xy).max() < SAME
+
+
+def test_a_point_that_one_example_has_is_shown_whatever_that_looks_like(predictor: Predictor, scene: tuple[KeypointSchema, list[Example]]) -> None:
+    schema, examples = scene
+    rare = np.zeros(len(schema.names), bool)
+    rare[0] = True
+
+    def hide(e: Example) -> Example:
+        p = e.keypoints
+        return Example(e.image, KeypointSet(p.names, p.xy, np.where(rare, 0, p.visibility), box=p.box))
+
+    support = [examples[1], *map(hide, examples[2:])]
+    query = examples[0]
+    (found,) = predictor.predict([query.image], schema, support, [query.keypoints.box], "visual", asked=[schema.names[0]])
+    (alone,) = predictor.predict([query.image], schema, [examples[1]], [query.keypoints.box], "visual", asked=[schema.names[0]])
+    assert np.abs(found.xy - alone.xy).max() < 0.2 * max(query.keypoints.box[2:])
