@@ -90,7 +90,7 @@ class ImageObjects:
             crops = finder.windows(width, height, shown.share * max(width, height) * finder.WINDOW, self.passes.size, MAX_WINDOWS)
             for start in range(0, len(crops), BATCH):
                 part = crops[start : start + BATCH]
-                sets += self.passes.points_of_crops([self.image] * len(part), part, prompt, shown.tight)
+                sets += self.passes.points_of_crops([self.image] * len(part), part, prompt, shown.tight.upright())
         return self._around(max(sets, key=trust), 0.15 * max(width, height) if len(prompt.schema) == 1 else 1.0)
 
     def _points(self, boxes: np.ndarray, prompt: Prompt) -> list[KeypointSet]:

@@ -20,8 +20,8 @@ from kptllm_core.language import write_questions
 from kptllm_core.lexicon import lexicon
 from kptllm_core.model import Asked, KptLLM
 from kptllm_core.objective import RARE
-from kptllm_core.shots import Shots, look_of
-from kptllm_core.support import Example, Prepared, Prompt, margin_of, usable_box, usual_points, with_margin
+from kptllm_core.shots import TURNS, Shots, look_of
+from kptllm_core.support import Example, Prepared, Prompt, margin_of, turned, usable_box, usual_points, with_margin
 from kptllm_core.vision import Features, grid_positions
 
 BATCH = 8  # crops in one pass
@@ -59,8 +59,8 @@ class Passes:
             raise InvalidInput("No support example has a labelled point of this schema. Label at least one.")
         boxes = [usable_box(p, e.image) for p, e in zip(points, support, strict=True)]
         images = [e.image for e in support]
-        tight = self._shots(images, points, [self.crop(i, b) for i, b in zip(images, boxes, strict=True)])
-        whole = self._shots(images, points, [self.crop(i, None) for i in images])
+        tight = self._shots(images, points, [[turned(b, p, self.size, d) for d in TURNS] for b, p in zip(boxes, points, strict=True)])
+        whole = self._shots(images, points, [[self.crop(i, None)] for i in images])
         margins = [margin_of(p, b) for p, b in zip(points, boxes, strict=True) if p.placed.any()]
         shares = [max(b[2], b[3]) / max(i.shape[:2]) for b, i in zip(boxes, images, strict=True)]
         return Prepared(tight, whole, np.mean(margins, 0), float(np.median(shares)), usual_points(points))
@@ -111,7 +111,7 @@ class Passes:
         for start in range(0, len(crops), BATCH):
             part = crops[start : start + BATCH]
             features = self.encode([image] * len(part), part)
-            whole = self._support(prompt.tight, features, len(prompt.schema))
+            whole = self._support(prompt.tight and prompt.tight.upright(), features, len(prompt.schema))
             asked = self._asked(prompt.schema.names, prompt.named, whole, prompt.tight is not None)
             found = self.model.detect(features, whole, asked)
             boxes.append(found.boxes.cpu().numpy())
@@ -133,12 +133,19 @@ class Passes:
         visibility[beyond & ~given & (not few)] = Visibility.ABSENT
         return KeypointSet(tuple(names), xy, visibility, answer.confidence[row].sigmoid().cpu().numpy())
 
-    def _shots(self, images: Sequence[np.ndarray], points: Sequence[KeypointSet], crops: Sequence[Crop]) -> Shots:
-        features = self.encode(images, crops)
-        xy = np.stack([np.clip(c.to_crop(p.xy) / self.size, 0, 1) for c, p in zip(crops, points, strict=True)])
-        known = torch.from_numpy(np.stack([p.placed for p in points]))[None].to(self.device)
-        each = [features.pick(slice(s, s + 1)) for s in range(len(images))]
-        return self.model.show(each, torch.from_numpy(xy).float()[None].to(self.device), known)
+    def _shots(self, images: Sequence[np.ndarray], points: Sequence[KeypointSet], crops: Sequence[Sequence[Crop]]) -> Shots:
+        """crops: of each image, as many of each."""
+        turns = len(crops[0])
+        flat = [(i, p, c) for i, p, some in zip(images, points, crops, strict=True) for c in some]
+        each: list[Features] = []
+        for start in range(0, len(flat), BATCH):
+            part = flat[start : start + BATCH]
+            features = self.encode([i for i, _, _ in part], [c for _, _, c in part])
+            each += [features.pick(slice(s, s + 1)) for s in range(len(part))]
+        xy = np.stack([np.clip(c.to_crop(p.xy) / self.size, 0, 1) for _, p, c in flat])
+        known = np.stack([p.placed for _, p, _ in flat])
+        shots = self.model.show(each, *(torch.from_numpy(a)[None].to(self.device) for a in (xy.astype(np.float32), known)))
+        return shots._replace(turns=turns)
 
     def _support(self, shots: Shots | None, features: Features, count: int) -> Support:
         """What each of the queries is shown. features: of the queries; count: of the points."""

@@ -1,7 +1,8 @@
-"""Support images, encoded one by one, and which of them a query is shown: those that look most like it.
+"""Support images, encoded one by one and turned; which of them a query is shown: those that look most like it.
 
 Attention over the shots weighs them against each other, not against the query. So beyond a few they blur what they say, the more the more
-they differ; chosen for each query, more of them say more (docs/experiments.md, "Which examples should a query see?").
+they differ; chosen for each query, more of them say more. Nor does the model know by itself how an object is turned against its example: the
+look tells (docs/experiments.md, "Which examples should a query see?").
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from torch import Tensor
 
 from kptllm_core.vision import Features
 
-NEAREST = 5
+NEAREST = 5  # examples that a query is shown
+TURNS = tuple(45.0 * i for i in range(8))  # degrees, by which each example is shown
+HANDICAP = 0.25  # likeness by which a turned example must surpass the same one as it stands
 CELLS = 4  # along each side of a look
 
 
 class Shots(NamedTuple):
-    """S support images of K points; one row (B = 1) for any query, or one for each of B queries.
+    """S support images of K points, each turned in T ways; one row (B = 1) for any query, or one for each of B queries. The first
+    turn of each is as it stands.
 
-    token: (B, S, K, D) prompt tokens. descriptor: three (B, S, K, C). xy: (B, S, K, 2) in the support crops, 0…1. known: (B, S, K) bool.
-    look: (B, S, L) what the crops look like.
+    token: (B, S·T, K, D) prompt tokens. descriptor: three (B, S·T, K, C). xy: (B, S·T, K, 2) in the support crops, 0…1.
+    known: (B, S·T, K) bool. look: (B, S·T, L) what the crops look like. turns: T.
     """
 
     token: Tensor
@@ -29,24 +33,35 @@ class Shots(NamedTuple):
     xy: Tensor
     known: Tensor
     look: Tensor
+    turns: int = 1
+
+    def upright(self) -> Shots:
+        """The images as they stand."""
+        fine, middle, coarse = (d[:, :: self.turns] for d in self.descriptor)
+        token, xy, known, look = (x[:, :: self.turns] for x in (self.token, self.xy, self.known, self.look))
+        return Shots(token, (fine, middle, coarse), xy, known, look)
 
     def nearest(self, look: Tensor) -> Shots:
-        """For each query and each point, of the shots that know it, the `NEAREST` whose crops look most like the query's; all where there
-        are no more. look: (B, L) of the queries. The scale of each feature is its spread over the shots."""
-        if self.known.shape[1] <= NEAREST:
+        """For each query and each point, of the images that know it, the `NEAREST` that look most like the query's crop, each in that turn
+        which does. look: (B, L) of the queries. The scale of each feature is its spread over the shots."""
+        count = self.known.shape[1] // self.turns
+        if count <= NEAREST and self.turns == 1:
             return self
         mean, spread = self.look.mean(1, keepdim=True), self.look.std(1, keepdim=True) + 1e-6
         ours, theirs = (F.normalize((x - mean) / spread, dim=-1) for x in (self.look, look.unsqueeze(1)))
-        alike = (ours * theirs).sum(-1, keepdim=True).masked_fill(~self.known, -2.0)
-        order = alike.topk(NEAREST, 1).indices
+        alike = (ours * theirs).sum(-1).unflatten(1, (count, self.turns))
+        alike[:, :, 1:] -= HANDICAP
+        best, turn = alike.max(-1)
+        known = self.known[:, :: self.turns]
+        order = best.unsqueeze(-1).masked_fill(~known, -2.0 - HANDICAP).topk(min(NEAREST, count), 1).indices  # (B, S', K)
+        order = order * self.turns + turn.unsqueeze(-1).expand(-1, -1, order.shape[-1]).gather(1, order)
 
         def take(x: Tensor) -> Tensor:
             index = order.unsqueeze(-1).expand(*order.shape, x.shape[-1])
             return x.expand(len(order), *x.shape[1:]).gather(1, index)
 
         fine, middle, coarse = (take(d) for d in self.descriptor)
-        known = take(self.known.unsqueeze(-1)).squeeze(-1)
-        return Shots(take(self.token), (fine, middle, coarse), take(self.xy), known, self.look)
+        return Shots(take(self.token), (fine, middle, coarse), take(self.xy), take(self.known.unsqueeze(-1)).squeeze(-1), self.look)
 
 
 def look_of(features: Features) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kptllm_core.geometry import box_of_points
+from kptllm_core.geometry import CROP_FACTOR, Crop, box_of_points, crop_of_box
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from kptllm_core.shots import Shots
 
@@ -99,6 +99,13 @@ def usable_box(points: KeypointSet, image: np.ndarray) -> np.ndarray:
         return np.array([0, 0, image.shape[1], image.shape[0]], np.float32)
     box = box_of_points(points.xy[points.placed], 0.1)
     return box if max(box[2], box[3]) > 2 else box_of_points(points.xy[points.placed], 0.05 * max(image.shape[:2]))
+
+
+def turned(box: np.ndarray, points: KeypointSet, size: int, degrees: float) -> Crop:
+    """The crop around an example's box, turned, and as much wider as its points then need."""
+    crop = crop_of_box(box, size, degrees=degrees)
+    reach = np.abs(crop.to_crop(points.xy[points.placed]) / size - 0.5).max(initial=0.0) if degrees else 0.0
+    return crop_of_box(box, size, CROP_FACTOR * max(2 * reach, 1.0), degrees)
 
 
 def margin_of(points: KeypointSet, box: np.ndarray) -> np.ndarray:
