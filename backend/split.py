@@ -25,9 +25,8 @@ from typing import Any
 
 from label_config.schema import LabelConfig
 
-STEPS = (1, 2, 5, 10, 20)  # labelled images at which the support set is chosen anew
-MAX_SUPPORT = STEPS[-1]  # of which the model shows each image the most alike
-HOLD_OUT_FROM = 10  # labelled images: enough to hold some out, before they become examples
+STEPS = (1, 2, 5, 10)  # labelled images at which the support set is chosen anew
+MAX_SUPPORT = 20  # examples that a round chooses; each image is shown the most alike of them
 HELDOUT_SHARE = 0.2
 MIN_HELDOUT = 5
 TRAIN, HELDOUT = "train", "heldout"

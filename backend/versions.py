@@ -1,7 +1,7 @@
 """Which version of a project exists and serves, inside a transaction of the journal. `serve` is the only place that moves the pointer.
 
-The support set is frozen here, as a row of `versions`, and changes only when the number of labelled images reaches 1, 2, 5, 10
-or 20, with a round, or when a changed label config no longer fits it.
+The support set is frozen here, as a row of `versions`, and changes only when the number of labelled images reaches 1, 2, 5
+or 10, with a round, or when a changed label config no longer fits it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def freeze(session: Session, row: Project, base: str, adapter: Version | None, c
     config = parse(row.label_config)
     candidates = candidates_of(session, row.id)
     uses = uses_of(session, row.id)
-    if count >= split.HOLD_OUT_FROM:
+    if count >= split.STEPS[-1]:  # from here on there are enough images to hold some out, before they become examples
         uses |= decide_uses(session, row.id, candidates, uses, everything=False)
     chosen = support_entries(session, row.id, config, split.support_order(row.id, candidates, uses), count)
     decide = {group: split.TRAIN for _, group in chosen if group not in uses}

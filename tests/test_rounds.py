@@ -124,7 +124,7 @@ def test_held_out_images_judge_for_ever_and_are_never_shown(here: World) -> None
     judged, taught, shown = ({i["image"] for i in snapshot[k]} for k in ("heldout", "train", "support"))
     assert first < judged and (len(first), len(judged)) == (5, 8)
     assert not judged & taught and not judged & shown
-    assert len(taught) == 32 and len(shown) == 10
+    assert len(taught) == 32 and len(shown) == 20
     assert snapshot["parent"] == "timed-00000000+p1+r1"
     support = {e["task"] for e in here.services.journal.active("1").support}
     with here.services.journal.reading() as session:
