@@ -8,7 +8,8 @@ import torch
 
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from kptllm_core.predictor import Example, Predictor, load_predictor
-from kptllm_core.shots import NEAREST, Shots
+from kptllm_core.shots import NEAREST, TURNS, Shots
+from kptllm_core.support import turned
 from kptllm_core.synthetic import Category
 
 SAME = 2e-3  # pixels
@@ -49,6 +50,29 @@ def test_each_query_and_point_gets_the_most_alike_that_know_it() -> None:
     assert {int(s) for s, k in zip(chosen[0, :, 1], found.known[0, :, 1], strict=True) if k} == {0, 2, 4, 6}
     assert found.known[..., 0].all() and found.known[..., 1].sum(1).tolist() == [4, 4]
     assert torch.equal(found.xy[..., 0], found.token[..., 0]) and torch.equal(found.descriptor[2], found.token)
+
+
+def test_each_image_is_shown_once_in_its_most_alike_turn_unless_it_is_hardly_more_alike() -> None:
+    quarter = np.pi / 2
+    two = shots([0.0, quarter, 2 * quarter, 3 * quarter], [[True, True]] * 4)._replace(turns=2)
+    east, north = [1.0, 0.0], [0.0, 1.0]
+    found = two.nearest(torch.tensor([east, north, [1.0, 1.05]]))
+    images, turn = found.token[:, :, 0, 0].long() // 2, found.token[:, :, 0, 0].long() % 2
+    assert [set(row) for row in images.tolist()] == [{0, 1}] * 3, "both images, whatever they look like"
+    of_first = [dict(zip(i, t, strict=True))[0] for i, t in zip(images.tolist(), turn.tolist(), strict=True)]
+    assert of_first == [0, 1, 0], "hardly more alike does not surpass the handicap"
+    assert torch.equal(two.upright().token[0, :, 0, 0], torch.tensor([0.0, 2.0]))
+
+
+def test_a_turned_crop_holds_all_points_where_the_image_turned_them(scene: tuple[KeypointSchema, list[Example]]) -> None:
+    example = scene[1][0]
+    points, box = example.keypoints, example.keypoints.box
+    for degrees in TURNS:
+        crop = turned(box, points, 160, degrees)
+        inside = crop.to_crop(points.xy[points.placed]) / 160
+        assert inside.min() > -1e-6 and inside.max() < 1 + 1e-6
+        axis = crop.to_crop(np.array([[1.0, 0.0]])) - crop.to_crop(np.array([[0.0, 0.0]]))
+        assert np.rad2deg(np.arctan2(axis[0, 1], axis[0, 0])) % 360 == pytest.approx(degrees, abs=1e-6)
 
 
 def test_an_image_among_the_examples_is_shown_itself(predictor: Predictor, scene: tuple[KeypointSchema, list[Example]]) -> None:
