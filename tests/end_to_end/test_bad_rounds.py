@@ -31,7 +31,7 @@ from journal_database import journal_url
 from kptllm_core.keypoints import symmetric_pairs
 
 pytestmark = pytest.mark.slow
-IMAGES = 32
+IMAGES = 60  # of which 20 are examples, 12 judge, and 28 are left to be spoilt
 FIRST, NEXT = 12, 20  # images before the first round; images after a promotion by which it is judged again
 SECONDS, LONGER = 20, 60  # of training; the more of it, the less is left to luck before the judge, who has few images
 PATIENCE = 600.0
