@@ -134,7 +134,7 @@ def card(found: Findings) -> list[str]:
         ("Naming", naming_table(found), "Groups of the training sets that `held_out` names (the recipe above says which runs left them "
          "out). Open set: any name may be written; names "
          "are the same by the rule of `kptllm_core.language.plain_words`."),
-        ("A LoRA round", rounds_table(found), "Before → after, boxes given, up to twenty of the labelled images as examples to choose from, on images "
+        ("A LoRA round", rounds_table(found), "Before → after, boxes given, up to twenty of the labelled images as support, on images "
          "of other groups; objects found as in the table above. Repeat one with `python benchmarks/rounds.py --data DIR --labels N`."),
         ("Recipes of a round", recipes_table(found), "Twenty labelled images, boxes given, after the round; `benchmarks/recipes.json`."),
         ("Time and size", latency_table(found), "Support cached, box given, fastest of some rounds (`benchmarks/one_pass.py`)."),
