@@ -30,7 +30,7 @@ from backend.services import Services, is_passing
 from backend.snapshot import round_body
 from backend.sweep import sweep
 from backend.tables import Annotation, Job, Project, Version
-from backend.versions import candidates_of, decide_uses, freeze_version, serve, support_entries, uses_of
+from backend.versions import candidates_of, decide_uses, freeze_version, labelled, serve, support_entries, uses_of
 from kptllm_core.errors import Conflict, InvalidInput, KptError, NotFound
 from label_config.schema import parse
 
@@ -58,16 +58,16 @@ class Rounds:
             running = session.scalar(select(Job).where(Job.open_key == project))
             if running is not None:
                 return running, f"Round {running.round} is not finished yet: {running.message or running.state}."
-            labelled = row.labelled if row else 0
-            if row is None or labelled < self.settings.min_train:
-                return None, (f"{labelled} of {self.settings.min_train} labelled images: too few for a training round. "
+            images = row.labelled if row else 0
+            if row is None or images < self.settings.min_train:
+                return None, (f"{images} of {self.settings.min_train} labelled images: too few for a training round. "
                               "Until then predictions come from the support examples alone. Label some more.")  # fmt: skip
             rounds = session.scalar(select(func.max(Job.round)).where(Job.project == project)) or 0
             job = Job(id=secrets.token_hex(8), project=project, open_key=project, state="requested", trigger=asked_by, round=rounds + 1,
                       upto=_newest(session, project), support=[], progress={}, message="waiting for its turn")  # fmt: skip
             session.add(job)
             row.retrain = None
-            return job, f"Round {job.round} starts with {labelled} labelled images."
+            return job, f"Round {job.round} starts with {images} labelled images."
 
         return self.journal.write(change)
 
@@ -75,11 +75,8 @@ class Rounds:
         """Annotations that count and that no round has seen yet."""
         with self.journal.reading() as session:
             seen = session.scalar(select(func.max(Job.upto)).where(Job.project == project)) or 0
-            query = select(func.count()).select_from(Annotation)
-            query = query.where(
-                Annotation.project == project, Annotation.current, Annotation.counts, Annotation.points > 0
-            )
-            return session.scalar(query.where(Annotation.id > seen)) or 0
+            query = select(func.count()).select_from(Annotation).where(*labelled(project), Annotation.id > seen)
+            return session.scalar(query) or 0
 
     def start_if_due(self, project: str) -> None:
         """A new base, or ROUND_EVERY new corrections, start a round by themselves: the latter once they have come to rest."""

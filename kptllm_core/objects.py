@@ -88,9 +88,10 @@ class ImageObjects:
         sets = self.passes.points_of_crops([self.image], [self.passes.crop(self.image, None)], prompt, shown.whole if shown else None)
         if shown is not None and needs_windows(shown.share):
             crops = finder.windows(width, height, shown.share * max(width, height) * finder.WINDOW, self.passes.size, MAX_WINDOWS)
+            shots = shown.tight.upright()
             for start in range(0, len(crops), BATCH):
                 part = crops[start : start + BATCH]
-                sets += self.passes.points_of_crops([self.image] * len(part), part, prompt, shown.tight.upright())
+                sets += self.passes.points_of_crops([self.image] * len(part), part, prompt, shots)
         return self._around(max(sets, key=trust), 0.15 * max(width, height) if len(prompt.schema) == 1 else 1.0)
 
     def _points(self, boxes: np.ndarray, prompt: Prompt) -> list[KeypointSet]:

@@ -108,11 +108,12 @@ class Passes:
     def detect(self, image: np.ndarray, crops: Sequence[Crop], prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
         """Objects in crops of one image; returns what `finder.Detect` says."""
         boxes, scores = [], []
+        shots = prompt.tight.upright() if prompt.tight is not None else None
         for start in range(0, len(crops), BATCH):
             part = crops[start : start + BATCH]
             features = self.encode([image] * len(part), part)
-            whole = self._support(prompt.tight and prompt.tight.upright(), features, len(prompt.schema))
-            asked = self._asked(prompt.schema.names, prompt.named, whole, prompt.tight is not None)
+            whole = self._support(shots, features, len(prompt.schema))
+            asked = self._asked(prompt.schema.names, prompt.named, whole, shots is not None)
             found = self.model.detect(features, whole, asked)
             boxes.append(found.boxes.cpu().numpy())
             scores.append(found.score.sigmoid().cpu().numpy())

@@ -5,10 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from backend.demo.services import Login, answers, free_port, label_studio, label_studio_executable
+
+if TYPE_CHECKING:
+    from kptllm_core.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_KEYPOINTS = ROOT.parent / "shared" / "keypoints"
@@ -34,6 +38,14 @@ def shared_keypoints() -> Path:
 def tiny_model() -> str:
     """The preset of some 100,000 parameters that serves the tests: same code as `nano`, weights in the repository."""
     return "tiny"
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_model: str) -> Predictor:
+    """The model itself, of the process; one for each file, since some change it for a while."""
+    from kptllm_core.predictor import load_predictor
+
+    return load_predictor(tiny_model, device="cpu")
 
 
 @pytest.fixture(scope="session")

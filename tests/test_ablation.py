@@ -12,15 +12,10 @@ from kptllm_core.dataset import load_coco
 from kptllm_core.errors import InvalidInput
 from kptllm_core.evaluate import Options, evaluate, load_categories
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
-from kptllm_core.predictor import Example, Predictor, load_predictor
+from kptllm_core.predictor import Example, Predictor
 from kptllm_core.report import remarks
 
 Scene = tuple[list[np.ndarray], KeypointSchema, list[Example], list[np.ndarray]]
-
-
-@pytest.fixture(scope="module")
-def predictor() -> Predictor:
-    return load_predictor("tiny")
 
 
 @pytest.fixture(scope="module")

@@ -26,11 +26,6 @@ CLASSICAL = [name for name in BASELINES if name != "correlation"]
 
 
 @pytest.fixture(scope="module")
-def predictor() -> Predictor:
-    return load_predictor("tiny")
-
-
-@pytest.fixture(scope="module")
 def example() -> Example:
     """Smooth random texture: each place looks different from the others, at several scales."""
     rng = np.random.default_rng(4)

@@ -24,11 +24,6 @@ SAME = 2e-3  # pixels: what float32 sums in another order may differ by
 
 
 @pytest.fixture(scope="module")
-def predictor(tiny_model: str) -> Predictor:
-    return load_predictor(tiny_model, device="cpu")
-
-
-@pytest.fixture(scope="module")
 def scene() -> tuple[KeypointSchema, list[Example]]:
     rng = np.random.default_rng(3)
     category = Category.sample(rng)

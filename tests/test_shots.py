@@ -7,17 +7,12 @@ import pytest
 import torch
 
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
-from kptllm_core.predictor import Example, Predictor, load_predictor
+from kptllm_core.predictor import Example, Predictor
 from kptllm_core.shots import NEAREST, TURNS, Shots
 from kptllm_core.support import turned
 from kptllm_core.synthetic import Category
 
 SAME = 2e-3  # pixels
-
-
-@pytest.fixture(scope="module")
-def predictor(tiny_model: str) -> Predictor:
-    return load_predictor(tiny_model, device="cpu")
 
 
 @pytest.fixture(scope="module")
