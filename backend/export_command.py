@@ -39,8 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0 when all labels were written, 1 when some are not clear; those are told."""
+    part = args.path.with_name(f"{args.path.name}.part")
     try:
         args.path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
     except OSError as error:
         raise InvalidInput(f"Nothing can be written to {args.path}: {error.strerror}. Choose another place.") from None
     services = Services.make(Settings.from_env())
@@ -53,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
     finally:
         services.journal.close()
     categories = {kind: (list(c.labels), list(c.schema.skeleton)) for kind, c in _kinds(config).items()}
-    part = args.path.with_name(f"{args.path.name}.part")
     part.write_text(json.dumps(coco_of(categories, images)), encoding="utf-8")
     part.replace(args.path)
     print(f"{args.path}: {len(images)} images with {sum(len(image.things) for image in images)} objects.")

@@ -10,6 +10,7 @@ import base64
 import json
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ class LabelStudio(Transport):
     def version(self) -> str:
         """Label Studio's release, such as 1.23.2."""
         return str(self._object("GET", "/api/version").get("release", ""))
+
+    def projects(self) -> Iterator[Json]:
+        """All projects that the user may see, the newest first."""
+        for page in count(1):
+            found = self._object("GET", "/api/projects/", params={"page": page, "page_size": 100})
+            yield from found["results"]
+            if not found.get("next"):
+                return
 
     def project(self, project: int) -> Json:
         return self._object("GET", f"/api/projects/{project:d}/")

@@ -21,6 +21,7 @@ from backend.model import KptLLMBackend
 from backend.prelabel_work import CONCURRENCY, PrelabelWork
 from backend.services import Services
 from backend.settings import Settings
+from backend.sweep import sweep
 from kptllm_core.errors import InvalidInput, KptError, Unauthorized
 
 SHOW_SECONDS = 0.3
@@ -61,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
         prelabel.check_project(services, project)
         services.label_studio.project(args.project)  # what is wrong with address, token or number is best said before all else
         services.see_core()
+        if args.replace and not services.journal.label_config(project):
+            raise InvalidInput(
+                f"The journal of these settings (DATA_DIR={services.settings.data_dir}) knows nothing of project {project}, so it could put "
+                "worse predictions in the place of better ones. Set DATA_DIR or DATABASE_URL as the backend has them, or leave out --replace."
+            )
+        sweep(services, project)  # what was labelled while no backend ran serves as examples, too
         asked = prelabel.start(services, project, args.replace, "python -m backend prelabel")
         return _watch(services, asked.id, args.concurrency, args.patience)
     finally:

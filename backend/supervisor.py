@@ -284,4 +284,7 @@ def supervise(settings: Settings, environment: Mapping[str, str]) -> int:
     port_is_free(settings.host, settings.port)
     if not settings.core_url:
         port_is_free("127.0.0.1", settings.core_port)
+    if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.basic_auth_user:
+        log.warning("Anybody who reaches %s:%d sees images and labels, and may change what serves. Set BASIC_AUTH_USER and BASIC_AUTH_PASS, here "
+                    "and at the model in Label Studio.", settings.host, settings.port)  # fmt: skip
     return Supervisor(children(settings, environment)).run()

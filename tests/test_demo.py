@@ -69,12 +69,6 @@ def test_a_users_own_config_decides_which_points_there_are(material: Material, t
     assert truth.names == ("thorax", "head")
 
 
-def test_without_labels_and_config_a_template_serves(material: Material) -> None:
-    found = from_folder(material.pictures[0].path.parent, None, None)
-    assert not found.labelled
-    assert len(found.control.schema) > 0
-
-
 def test_names_alone_make_a_config(material: Material) -> None:
     found = from_folder(material.pictures[0].path.parent, None, None, ["head", "left_wing", "right_wing"])
     assert not found.labelled and found.control.schema.names == ("head", "left_wing", "right_wing")
@@ -86,6 +80,19 @@ def test_names_go_with_images_alone(more: tuple[str, ...], capsys: pytest.Captur
     with pytest.raises(SystemExit):
         options_of(["--names", "head,tail", *more])
     assert "--names goes with --images" in capsys.readouterr().err
+
+
+def test_images_need_to_know_the_points(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options_of(["--images", "here"])
+    assert "--names head,tail" in capsys.readouterr().err
+
+
+def test_a_call_is_told_by_all_that_makes_its_project(tmp_path: Path) -> None:
+    calls = {options_of(words).call for words in ([], ["--images", str(tmp_path), "--names", "a,b"], ["--images", str(tmp_path), "--names", "a, c"],
+                                                  ["--images", str(tmp_path), "--config", "a.xml"], ["--model", "tiny"])}  # fmt: skip
+    assert calls == {"make demo", f"make demo IMAGES={tmp_path} NAMES=a,b", f"make demo IMAGES={tmp_path} NAMES=a,c",
+                     f"make demo IMAGES={tmp_path} CONFIG={Path('a.xml').resolve()}"}  # fmt: skip
 
 
 def test_what_cannot_be_used_is_told_in_words(material: Material, tmp_path: Path) -> None:

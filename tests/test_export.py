@@ -14,6 +14,7 @@ from backend import export_command
 from backend.formats.coco import read_coco
 from backend.services import Services
 from backend_world import WITH_BOX, World, rectangle, region, world
+from kptllm_core.errors import InvalidInput
 from small_label_studio import SmallLabelStudio, label_studio_of
 
 
@@ -110,3 +111,14 @@ def test_two_images_of_a_task_may_have_one_name(here: World, tmp_path: Path, mon
     assert export(here, tmp_path / "annotations.json", monkeypatch) == 0
     names = [i["file_name"] for i in json.loads((tmp_path / "annotations.json").read_text())["images"]]
     assert len(names) == len(set(names)) == 4
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_else(here: World, studio: SmallLabelStudio, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidInput, match="Choose another place"):
+        export(here, tmp_path / "file" / "annotations.json", monkeypatch)
+    (tmp_path / "taken.json.part").mkdir()
+    with pytest.raises(InvalidInput, match="Choose another place"):
+        export(here, tmp_path / "taken.json", monkeypatch)
+    assert not studio.calls

@@ -420,7 +420,7 @@ def test_killed_at_random_moments_it_ends_with_one_prediction_per_task(here: Wor
     assert all(len(v) == 1 for v in studio.versions().values())
 
 
-def test_the_command(here: World, studio: SmallLabelStudio) -> None:
+def test_the_command(here: World, studio: SmallLabelStudio, tmp_path: Path) -> None:
     studio.add(3)
     here.studio.routes["/data/upload/1/2.png"] = Answer(404)
     words = [sys.executable, "-m", "backend", "prelabel", "--project", "1"]
@@ -428,6 +428,7 @@ def test_the_command(here: World, studio: SmallLabelStudio) -> None:
     def run(*more: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*words, *more], env=environment(here) | variables, capture_output=True, text=True, timeout=120)
 
+    here.services.journal.observe("1", CONFIG, here.services.see_core())
     done = run("--replace")
     assert done.returncode == 1, done.stderr
     assert "2 predictions posted, 1 failed" in done.stdout
@@ -440,10 +441,23 @@ def test_the_command(here: World, studio: SmallLabelStudio) -> None:
     assert refused.returncode == 1
     assert "LABEL_STUDIO_API_KEY" in refused.stderr
     assert "Traceback" not in refused.stderr
+    refused = run("--replace", DATABASE_URL=f"sqlite:///{tmp_path}/other.db")
+    assert refused.returncode == 1
+    assert "knows nothing of project 1" in refused.stderr
     here.stop_core()
     refused = run()
     assert refused.returncode == 1
     assert "The core at" in refused.stderr
+
+
+def test_the_command_learns_first_what_was_labelled_while_no_backend_ran(here: World, studio: SmallLabelStudio) -> None:
+    labelled, _ = studio.add(2)
+    studio.annotate(labelled, [region("nose", 30, 40), region("tail", 60, 50)])
+    done = subprocess.run([sys.executable, "-m", "backend", "prelabel", "--project", "1"], env=environment(here), capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert studio.versions()[2] == [here.services.journal.active("1").name]
+    assert here.services.journal.candidates("1")
 
 
 def test_the_command_interrupted_leaves_the_run_open(here: World, studio: SmallLabelStudio) -> None:

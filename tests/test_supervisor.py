@@ -21,7 +21,7 @@ import pytest
 import requests
 
 from backend.settings import Settings
-from backend.supervisor import Child, Supervisor, children, port_is_free
+from backend.supervisor import Child, Supervisor, children, port_is_free, supervise
 from backend_world import CONFIG, picture, region
 from journal_database import journal_url
 from kptllm_core.errors import Unavailable
@@ -262,6 +262,16 @@ def test_a_bad_setting_is_told_in_words_and_nothing_starts() -> None:
     assert done.returncode == 1
     assert "BASIC_AUTH_PASS" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_open_door_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(Supervisor, "run", lambda self: 0)
+    for host, login, open_door in (("0.0.0.0", "", True), ("0.0.0.0", "me", False), ("127.0.0.1", "", False)):
+        caplog.clear()
+        settings = Settings.from_env({"HOST": host, "PORT": str(free_port()), "BASIC_AUTH_USER": login, "BASIC_AUTH_PASS": login,
+                                      "CORE_URL": "http://127.0.0.1:1"})  # fmt: skip
+        assert supervise(settings, {}) == 0
+        assert ("BASIC_AUTH_USER" in caplog.text) == open_door
 
 
 def test_help_and_unknown_words() -> None:

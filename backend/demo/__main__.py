@@ -35,12 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
         with services.alone_in(options.folder):
             material = _material(options)
             with _running(options) as (label_studio, backend, login):
-                tour = _project(label_studio, backend, material)
                 if options.once:
-                    report = once(tour, options.round_seconds * 4 + 300)
+                    report = once(_made(label_studio, backend, material), options.round_seconds * 4 + 300)
                 else:
-                    _show(tour, material)
-                    _wait(label_studio.url, backend, tour, login, options.folder / "backend.log")
+                    project = _earlier(label_studio, backend, options.call, material) or _shown(label_studio, backend, options.call, material)
+                    _wait(label_studio.url, backend, project, login, options.folder / "backend.log")
         print(json.dumps(report, ensure_ascii=False), flush=True)
     except KptError as error:
         print(f"\n{error.message}", file=sys.stderr, flush=True)
@@ -72,8 +71,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     if options.labels and not options.images:
         parser.error("--labels needs --images: the folder with the images that it describes")
     options.names = [name.strip() for name in (options.names or "").split(",") if name.strip()]
+    if options.images and not (options.labels or options.config or options.names):
+        parser.error("--images needs to know the points: give --names head,tail or --labels annotations.json or --config config.xml")
     if options.names and (options.labels or options.config or not options.images):
         parser.error("--names goes with --images, and without --labels and --config, which name the points themselves")
+    told = {"IMAGES": options.images, "LABELS": options.labels, "CONFIG": options.config}
+    paths = [f"{key}={path.resolve()}" for key, path in told.items() if path]
+    options.call = " ".join(["make demo", *paths, *([f"NAMES={','.join(options.names)}"] if options.names else [])])
     return options
 
 
@@ -116,31 +120,50 @@ def _running(options: argparse.Namespace) -> Iterator[tuple[LabelStudio, str, se
         server.stop()
 
 
-def _project(label_studio: LabelStudio, backend: str, material: Material) -> Tour:
-    """The project, with the backend attached to it."""
+def _made(label_studio: LabelStudio, backend: str, material: Material) -> Tour:
+    """A new project, with the backend attached to it."""
     say(f"Making the project '{material.title}' of {len(material.pictures)} images ...")
     project = DemoProject(label_studio, material)
-    if not Connection(label_studio, project.id, backend).make():
+    return Tour(project, f"{backend}/projects/{project.id}/status", _attached(label_studio, backend, project.id), say)
+
+
+def _attached(label_studio: LabelStudio, backend: str, project: int) -> int:
+    """Attaches the backend to a project, where it listens now; → its id in Label Studio."""
+    if not Connection(label_studio, project, backend).make():
         raise Unavailable("The project could not be connected; see above.")
-    (entry,) = label_studio.ml_backends(project.id)
-    return Tour(project, f"{backend}/projects/{project.id}/status", int(entry["id"]), say)
+    return next(int(entry["id"]) for entry in label_studio.ml_backends(project) if entry["url"] == f"{backend}/projects/{project}")
 
 
-def _show(tour: Tour, material: Material) -> None:
-    """A few labelled examples where there is truth, and predictions for the rest."""
+def _shown(label_studio: LabelStudio, backend: str, call: str, material: Material) -> int:
+    """A new project with a few labelled examples, where there is truth, and predictions for the rest; → its number."""
+    tour = _made(label_studio, backend, material)
     examples = choose(material.labelled, EXAMPLES)
     if examples:
         tour.label(examples)
     tour.predict([picture for picture in material.pictures if picture not in examples])
+    label_studio.update_project(tour.project.id, description=call)  # by which `_earlier` finds it, since it is whole
+    return tour.project.id
 
 
-def _wait(url: str, backend: str, tour: Tour, login: services.Login, log: Path) -> NoReturn:
+def _earlier(label_studio: LabelStudio, backend: str, call: str, material: Material) -> int | None:
+    """The number of the project that the same call has made, attached again; None when there is none."""
+    found = next((p for p in label_studio.projects() if p.get("description") == call), None)
+    if found is None:
+        return None
+    say(f"Going on with the project '{found['title']}' that `{call}` has made ...")
+    more = len(material.pictures) - int(found.get("task_number") or 0)
+    if more > 0:
+        say(f"  {more} images of the folder are no tasks of it (any more): *Import* in Label Studio adds what is new.")
+    _attached(label_studio, backend, int(found["id"]))
+    return int(found["id"])
+
+
+def _wait(url: str, backend: str, project: int, login: services.Login, log: Path) -> NoReturn:
     """Until Ctrl-C."""
     print(
-        f"\n  Label Studio   {url}/projects/{tour.project.id}/data"
+        f"\n  Label Studio   {url}/projects/{project}/data"
         f"\n  login          {login.email}   password  {login.password}"
-        f"\n  backend        {backend}/   (its versions and rounds)"
-        f"\n  serves now     {tour.version}"
+        f"\n  backend        {backend}/projects/{project}/   (its versions and rounds)"
         "\n\n  Open a task: the points are there. Correct them and press Submit; from 10 labelled images on,"
         "\n  Settings → Model → Start training makes a new version. Ctrl-C stops everything.\n",
         flush=True,

@@ -16,12 +16,10 @@ from kptllm_core.dataset import Sample, load_coco
 from kptllm_core.errors import DataError
 from kptllm_core.imaging import image_size
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, symmetric_pairs
-from label_config import load_template
 from label_config.schema import KeypointControl, parse
 from label_config.writer import config_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-FALLBACK = "rigid_object"
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,7 @@ def rendered(folder: Path, count: int, seed: int) -> Material:
 
 
 def from_folder(images: Path, labels: Path | None, config: Path | None, names: Sequence[str] = ()) -> Material:
-    """The user's own images. Labels give truth and, without a config, the names of the points, unless these are given; with none of
-    them a template serves.
+    """The user's own images. Labels give truth and, without a config, the names of the points, unless these are given.
 
     Raises DataError or SchemaError with what was found and what is expected.
     """
@@ -79,10 +76,8 @@ def from_folder(images: Path, labels: Path | None, config: Path | None, names: S
     samples = _samples(labels, images) if labels else []
     if config:
         xml = config.read_text(encoding="utf-8")
-    elif names:
-        xml = config_of(KeypointSchema(tuple(names), symmetric=symmetric_pairs(names)))
     else:
-        xml = config_of(samples[0].schema) if samples else load_template(FALLBACK)
+        xml = config_of(samples[0].schema if samples else KeypointSchema(tuple(names), symmetric=symmetric_pairs(names)))
     schema = parse(xml).controls[0].schema
     truth = _truth(samples, schema)
     if labels and not any(path.name in truth for path in files):
