@@ -9,9 +9,11 @@ never pickle. Folders are written beside their place and renamed, so that there 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +77,7 @@ def save_checkpoint(folder: Path, model: KptLLM, tokenizer: PreTrainedTokenizerB
     def write(new: Path) -> None:
         model.config.save(new)
         tokenizer.save_pretrained(str(new))
-        save_file(half, new / WEIGHTS)
+        write_tensors(half, new / WEIGHTS)
         (new / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
         card = folder / "README.md"
         if card.is_file():
@@ -114,7 +116,7 @@ def save_adapter(folder: Path, model: KptLLM, info: dict[str, Any], metrics: dic
     half = {k: v.detach().cpu().half().contiguous() for k, v in state.items()}
 
     def write(new: Path) -> None:
-        save_file(half, new / ADAPTER)
+        write_tensors(half, new / ADAPTER)
         (new / "adapter.json").write_text(json.dumps(info, indent=1) + "\n")
         (new / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
@@ -204,6 +206,15 @@ def _load_exactly(model: KptLLM, tensors: dict[str, Tensor], path: Path) -> None
     missing = [k for k in missing if not (k == "llm.lm_head.weight" and model.llm.config.tie_word_embeddings)]
     if missing or unknown:
         raise ArtifactError(f"{path} does not fit config.json: missing {missing[:3]}, unknown {unknown[:3]}. Weights and config belong together.")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    """One safetensors file. Raises OSError, as all that writes does; safetensors itself has an error of its own for a full disk."""
+    try:
+        save_file(tensors, path, metadata=about)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, os.strerror(int(number[1])) if number else str(error), str(path)) from None
 
 
 def _read(path: Path) -> dict[str, Tensor]:

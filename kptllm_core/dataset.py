@@ -108,7 +108,8 @@ def load_coco(folder: str | Path) -> KeypointDataset:
         images = {i["id"]: i for i in data["images"]}
         usable = [a for a in data["annotations"] if not a.get("iscrowd") and a.get("keypoints")]
         samples = [_placed(folder, f"annotation {a.get('id')}", _sample, folder, a, images, schemas) for a in usable]
-        bare = [] if len(schemas) != 1 else [i for i in images if i not in {a["image_id"] for a in data["annotations"]}]
+        annotated = {a["image_id"] for a in data["annotations"]}
+        bare = [] if len(schemas) != 1 else [i for i in images if i not in annotated]
         empty = [_placed(folder, f"image {i}", _sample, folder, _nothing(images[i], schemas), images, schemas) for i in bare]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise DataError(f"{path} is not COCO keypoints: {type(error).__name__} {error}. "
@@ -116,6 +117,12 @@ def load_coco(folder: str | Path) -> KeypointDataset:
     if not schemas:
         raise DataError(f"{path}: no category has 'keypoints'.")
     return KeypointDataset(folder, samples, empty)
+
+
+def far_outside(points: KeypointSet, width: int, height: int) -> bool:
+    """Whether a point cannot belong to an image of that size (0: not known): a mistake in the file, not an object that its border cuts."""
+    reach = 2 * max(width, height)
+    return bool(reach and points.placed.any() and np.abs(points.xy[points.placed]).max() > reach)
 
 
 def schema_of_category(category: dict[str, Any]) -> KeypointSchema:
@@ -173,8 +180,7 @@ def _sample(folder: Path, annotation: dict[str, Any], images: dict[Any, dict[str
     usable = box is not None and len(box) == 4 and box[2] > 0 and box[3] > 0
     points = KeypointSet(schema.names, values[:, :2], values[:, 2].astype(np.int8), box=np.asarray(box) if usable else None)
     width, height = int(image.get("width", 0)), int(image.get("height", 0))
-    reach = 2 * max(width, height)
-    if reach and points.placed.any() and np.abs(points.xy[points.placed]).max() > reach:
+    if far_outside(points, width, height):
         raise DataError(f"{folder}: annotation {annotation.get('id')} has a point far outside its image of {width} × {height} pixels.")
     path = folder / "images" / str(image["file_name"])
     if ".." in path.parts[len(folder.parts) :] or Path(str(image["file_name"])).is_absolute():

@@ -3,8 +3,8 @@
 A request waits for the device at most behind `max_waiting` others, and holds it for one batch of images at a time, so that
 large requests and small ones take turns. An image that is asked for all its objects is a batch of its own: as long as its
 windows and objects make it, and their numbers are bounded (finder.MAX_WINDOWS, messages.MAX_BOXES, instances.MOST). While one
-batch is on the device, the next one is decoded; never more, so that many requests do not need much memory. An unusable query
-never fails the others.
+batch is on the device, the next one is decoded; never more, so that many requests do not need much memory. Support images are
+decoded one by one, when they are to be encoded. An unusable query never fails the others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -36,6 +37,13 @@ T = TypeVar("T")
 
 class Gone(Exception):
     """The client hung up; nobody reads the answer."""
+
+
+class Spoilt(Exception):
+    """What all queries share cannot be used, and why."""
+
+    def __init__(self, reason: KptError) -> None:
+        self.reason = reason
 
 
 class Engine:
@@ -147,13 +155,16 @@ class Engine:
             [image], request.schema, support=support, boxes=[asked.boxes], prompt=request.prompt, find=asked.find, **least)[0])  # fmt: skip
 
     def _on_device(self, request: PredictRequest, images: int, predict: Callable[[], T]) -> T | KptError:
-        """What `predict` returns with the device to itself, or why its images have no answer. Raises ArtifactError: no image is to blame."""
+        """What `predict` returns with the device to itself, or why its images have no answer. Raises what spoils all of them: ArtifactError, or
+        what is wrong with the support."""
         try:
             with self._device, _memory_errors():
                 self._activate(request.adapter)
                 return predict()
         except ArtifactError:
             raise
+        except Spoilt as spoilt:
+            raise bare(spoilt.reason) from None
         except KptError as error:
             return bare(error)
         except Exception:
@@ -180,13 +191,18 @@ class Engine:
             return []
         from kptllm_core.predictor import Example
 
-        examples = []
-        for item in support:
-            try:
-                examples.append(Example(self._pixels.get(item.image), item.keypoints, item.image))
-            except (ImageError, TooLarge) as error:
-                raise type(error)(f"The support image {item.image} cannot be used: {error.message}", image=item.image) from None
-        return examples
+        return [Example(partial(self._support_pixels, item.image), item.keypoints, item.image) for item in support]
+
+    def _support_pixels(self, sha: str) -> np.ndarray:
+        """Read one by one, and only while they are not encoded: fifty photographs at a time would need more memory than there may be. They are
+        not kept, since they would drive out the images that are asked for."""
+        try:
+            with _memory_errors():
+                return read_image(self.images.read(sha))
+        except (ImageError, TooLarge) as error:
+            raise Spoilt(type(error)(f"The support image {sha} cannot be used: {error.message}", image=sha)) from None
+        except KptError as error:
+            raise Spoilt(error) from None
 
     @contextmanager
     def _place(self) -> Iterator[None]:

@@ -98,11 +98,11 @@ class Labelled:
 
     def __init__(self, samples: Sequence[Sample], augmentation: Augmentation, max_points: int, images: Images | None = None) -> None:
         self.kinds: list[dict[str, list[Sample]]] = []
-        self.beside: dict[tuple[str, str], list[np.ndarray]] = {}
-        """Boxes of all objects of a kind in an image, whether or not their points are labelled."""
+        self.beside: dict[tuple[str, str], list[KeypointSet]] = {}
+        """All objects of a kind in an image, whether or not their points are labelled."""
         for sample in samples:
-            if (box := sample.keypoints.object_box()) is not None:
-                self.beside.setdefault((str(sample.image_path), sample.category), []).append(np.asarray(box, np.float64))
+            if sample.keypoints.object_box() is not None:
+                self.beside.setdefault((str(sample.image_path), sample.category), []).append(sample.keypoints)
         for kind in _by_category(samples).values():
             groups: dict[str, list[Sample]] = {}
             for sample in kind:
@@ -126,8 +126,10 @@ class Labelled:
         there = self.kinds[rng.choice(len(self.kinds), p=self.weight)] if strange else groups
         shown = there[list(there)[rng.integers(len(there))]]
         one = shown[rng.integers(len(shown))]
-        boxes = self.beside.get((str(one.image_path), samples[0].category), [])
-        return replace(episode, scene=make_scene(rng, self.images.read(one), boxes, size, self.augmentation))
+        image = self.images.read(one)
+        beside = self.beside.get((str(one.image_path), samples[0].category), [])
+        boxes = [np.asarray(b.usable_box(image.shape[1], image.shape[0]), np.float64) for b in beside]
+        return replace(episode, scene=make_scene(rng, image, boxes, size, self.augmentation))
 
 
 class Rendered:
@@ -189,8 +191,7 @@ def make_episode(rng: np.random.Generator, pairs: Sequence[tuple[np.ndarray, Key
         if rng.random() < augmentation.cut:
             image, points = _cut(rng, image, points)
         flip = together or (paired and rng.random() < augmentation.flip)
-        box = points.object_box()
-        box = np.array([0, 0, *image.shape[1::-1]], np.float64) if box is None else np.asarray(box, np.float64)
+        box = np.asarray(points.usable_box(image.shape[1], image.shape[0]), np.float64)
         crop = _random_crop(rng, box, size, factor, rng.uniform(-reach, reach), flip)
         picture = warp(image, crop)
         xy = crop.to_crop(points.xy)
@@ -285,10 +286,10 @@ def _bend(rng: np.random.Generator, image: np.ndarray, xy: np.ndarray) -> tuple[
 
 def _cut(rng: np.random.Generator, image: np.ndarray, points: KeypointSet) -> tuple[np.ndarray, KeypointSet]:
     """Up to half of the object cut off; as it was where that would leave no point."""
-    box = points.object_box()
-    if box is None or min(image.shape[:2]) < 8:
+    if points.object_box() is None or min(image.shape[:2]) < 8:
         return image, points
-    cut = cut_image(image, replace(points, box=np.asarray(box)), int(rng.integers(2)), bool(rng.integers(2)), rng.uniform(0.15, 0.5))
+    box = points.usable_box(image.shape[1], image.shape[0])
+    cut = cut_image(image, replace(points, box=box), int(rng.integers(2)), bool(rng.integers(2)), rng.uniform(0.15, 0.5))
     return cut if cut[1].placed.any() else (image, points)
 
 

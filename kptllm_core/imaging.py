@@ -6,14 +6,13 @@ to 8 bit. Sizes are checked on the header, before a pixel is decoded.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import warnings
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from kptllm_core.errors import ImageError, InvalidInput, TooLarge
 from kptllm_core.geometry import Crop
@@ -23,6 +22,8 @@ MAX_PIXELS = 100_000_000
 STRIP = 256  # rows
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM")
 PAPER = (124, 116, 104)  # what lies outside an image, in a crop: the mean colour of photographs
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}  # fmt: skip
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -50,11 +51,7 @@ class Kept(OrderedDict[str, np.ndarray]):
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of the oriented image, from the header alone. Raises ImageError or TooLarge."""
     image = _open(data, max_pixels)
-    try:
-        sideways = image.getexif().get(0x0112, 1) in _SIDEWAYS
-    except Exception:  # noqa: BLE001 - a broken EXIF block is no reason to refuse an image
-        sideways = False
-    return (image.height, image.width) if sideways else image.size
+    return (image.height, image.width) if _orientation(image) in _SIDEWAYS else image.size
 
 
 def read_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -66,20 +63,28 @@ def read_image(source: bytes | str | Path, max_pixels: int = MAX_PIXELS) -> np.n
         except OSError as error:
             raise ImageError(f"Cannot read the image {path}: {error.strerror or error}.") from None
     image = _open(source, max_pixels)
+    turn = _TURNS.get(_orientation(image))
     try:
         image.load()
-        with contextlib.suppress(Exception):  # see image_size
-            image = ImageOps.exif_transpose(image)
-        return np.ascontiguousarray(_to_rgb(image))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        return np.ascontiguousarray(_to_rgb(image if turn is None else image.transpose(turn)))
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Pillow raises many kinds for damaged bytes
         raise ImageError(f"The image ({image.format or 'unknown format'}, {len(source)} bytes) is damaged or cut short: {error}.") from None
 
 
 def warp(image: np.ndarray, crop: Crop) -> np.ndarray:
     """(H, W, 3) uint8 → the crop (S, S, 3) uint8, mean grey outside. Large images are reduced first, so that nothing aliases."""
     factor = max(int(1 / max(crop.scale, 1e-6) / 1.5), 1)
-    picture = Image.fromarray(image)
-    matrix = crop.matrix
+    corners = crop.to_image(np.array([[0, 0], [0, crop.size], [crop.size, 0], [crop.size, crop.size]]))
+    # Only what the crop shows is copied, with a margin for the pixels between which it falls, in whole blocks of what is reduced.
+    low = np.clip(np.floor(corners.min(0) / factor - 2) * factor, 0, None).astype(int)
+    high = np.clip(np.ceil(corners.max(0) / factor + 2) * factor, 0, image.shape[1::-1]).astype(int)
+    if (high <= low).any():
+        return np.full((crop.size, crop.size, 3), PAPER, np.uint8)
+    picture = Image.fromarray(np.ascontiguousarray(image[low[1] : high[1], low[0] : high[0]]))
+    matrix = crop.matrix.copy()
+    matrix[:, 2] += matrix[:, :2] @ low
     if factor > 1:
         picture = picture.reduce(factor)
         matrix = matrix * np.array([[factor, factor, 1.0]])
@@ -102,6 +107,16 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise TooLarge(f"The image has {image.width} × {image.height} pixels; at most {max_pixels:,} are allowed. Scale it down.")
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's 1…8: how the pixels are to be turned once they are loaded. Those of a TIFF, and its size, are turned by then."""
+    if image.format == "TIFF":
+        return 1
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # noqa: BLE001 - a broken EXIF block is no reason to refuse an image
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kptllm_core.errors import InvalidInput, SchemaError
+from kptllm_core.geometry import box_of_points
 
 MAX_KEYPOINTS = 256
 SHOWN = 0.2  # least score of an object that was found and is drawn: to delete one is a click, to add one takes a box and all its points
@@ -163,6 +164,17 @@ class KeypointSet:
             return None
         low, high = points.min(0), points.max(0)
         return np.concatenate([low, high - low]).astype(np.float32)
+
+    def usable_box(self, width: int, height: int) -> np.ndarray:
+        """A box of some area in an image of that size: the given one, else the padded hull of the placed points, for a single one a tenth of
+        the image; without any the whole image. (4,) x, y, w, h."""
+        if self.box is not None and min(self.box[2], self.box[3]) > 0:
+            return self.box
+        points = self.xy[self.placed]
+        if not len(points):
+            return np.array([0, 0, width, height], np.float32)
+        box = box_of_points(points, 0.1)
+        return box if max(box[2], box[3]) > 2 else box_of_points(points, 0.05 * max(width, height))
 
     def reorder(self, names: tuple[str, ...]) -> KeypointSet:
         """The same points in the order of `names`; points that are missing here become NOT_LABELLED, others are dropped."""

@@ -8,6 +8,7 @@ and on what, is `train.py`'s business.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import signal
@@ -20,17 +21,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 
+from kptllm_core.checkpoint import write_tensors
 from kptllm_core.episodes import Source
 from kptllm_core.errors import InvalidInput, KptError
 from kptllm_core.model import KptLLM
 from kptllm_core.objective import Batch, collate, loss_of
 from kptllm_core.vision import COARSE_STRIDE
+
+log = logging.getLogger(__name__)
 
 SAVE_EVERY = 60.0  # seconds
 PUBLISH_EVERY = 600.0  # seconds between the checkpoints that a long pretraining leaves on its way
@@ -169,7 +172,10 @@ class Loop:
                 progress({"step": self.step, "steps": steps, "loss": round(recent["loss"], 4), "eta_seconds": round(left, 1),
                           "pck": round(recent["pck"], 3)})  # fmt: skip
             if time.monotonic() - saved > SAVE_EVERY:
-                self.save()
+                try:
+                    self.save()
+                except OSError as error:  # the state before is whole, and there may be room again in a minute
+                    log.warning("The state of the training could not be saved: %s", error)
                 saved = time.monotonic()
             if publish is not None and time.monotonic() - published > PUBLISH_EVERY:
                 publish()
@@ -220,17 +226,22 @@ class Loop:
         self.state_file.parent.mkdir(parents=True, exist_ok=True)
         new = self.state_file.with_suffix(".new")
         note = {"step": self.step, "spent": self.spent, "curve": self.curve, "recipe": asdict(self.recipe), "about": self.about}
-        save_file({k: v.cpu() for k, v in tensors.items()}, new, metadata={"note": json.dumps(note)})
+        write_tensors({k: v.cpu() for k, v in tensors.items()}, new, {"note": json.dumps(note)})
         with new.open("rb") as file:
             os.fsync(file.fileno())
         new.replace(self.state_file)
 
     def resume(self) -> bool:
         """Reads the state if there is one. InvalidInput if it belongs to another run."""
-        if not self.state_file.is_file():
+        try:
+            with safe_open(self.state_file, "pt") as file:
+                note = json.loads(file.metadata()["note"])
+        except FileNotFoundError:
+            return False
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+            log.warning("%s cannot be read (%s); training begins anew.", self.state_file, error)
             return False
         with safe_open(self.state_file, "pt") as file:
-            note = json.loads(file.metadata()["note"])
             if note["about"] != self.about:
                 other = ", ".join(f"{k} {note['about'].get(k)} (now {v})" for k, v in self.about.items() if note["about"].get(k) != v)
                 raise InvalidInput(f"The state beside --out is of another run: {other}. Give the same again, or leave out --resume.")

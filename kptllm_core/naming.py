@@ -13,6 +13,7 @@ from kptllm_core.model import Asked, KptLLM
 from kptllm_core.vision import Features
 
 BATCH = 8  # points that choose in one pass
+NAMES = 32  # whose words are looked up at a time: each word takes a number for every word that there is
 Named = list[tuple[str, float]]
 """(name, probability) of each point."""
 
@@ -42,16 +43,22 @@ def write_names(model: KptLLM, tokenizer: PreTrainedTokenizerBase, features: Fea
 
 def choose_names(model: KptLLM, tokenizer: PreTrainedTokenizerBase, features: Features, tokens: Tensor, names: Sequence[str]) -> Named:
     """The likeliest of `names` for each point. The rest as in `write_names`."""
-    device = tokens.device
     questions = write_questions(tokenizer, names, [True] * len(names))
     chosen: Named = []
     for part in tokens[0].split(BATCH):
-        asked = Asked.of(questions, len(part), device)
+        asked = Asked.of(questions, len(part), tokens.device)
         prompts = part[:, None].expand(-1, len(names), -1)
-        states, _ = model.ask(features.repeat(len(part)), model.no_support(len(part), 1, device), prompts, asked)
-        told = model.words(states[:, :, :-1]).float().log_softmax(-1).gather(-1, asked.tokens[:, :, 1:, None]).squeeze(-1)
-        slot = torch.arange(told.shape[-1], device=device)
-        counts = (slot >= Questions.IS_SLOT) & (slot < asked.length.unsqueeze(-1) - 1)
-        chance, best = (told * counts).sum(-1).softmax(-1).max(-1)
+        states, _ = model.ask(features.repeat(len(part)), model.no_support(len(part), 1, tokens.device), prompts, asked)
+        told = torch.cat([_told(model, *some) for some in zip(states.split(NAMES, 1), asked.tokens.split(NAMES, 1),
+                                                              asked.length.split(NAMES, 1), strict=True)], 1)  # fmt: skip
+        chance, best = told.softmax(-1).max(-1)
         chosen += [(names[int(b)], float(c)) for b, c in zip(best, chance, strict=True)]
     return chosen
+
+
+def _told(model: KptLLM, states: Tensor, tokens: Tensor, length: Tensor) -> Tensor:
+    """(B, N) log probability of each name. states: (B, N, T, D); tokens: (B, N, T); length: (B, N)."""
+    each = model.words(states[:, :, :-1]).float().log_softmax(-1).gather(-1, tokens[:, :, 1:, None]).squeeze(-1)
+    slot = torch.arange(each.shape[-1], device=each.device)
+    counts = (slot >= Questions.IS_SLOT) & (slot < length.unsqueeze(-1) - 1)
+    return (each * counts).sum(-1)

@@ -18,7 +18,7 @@ from kptllm_core.geometry import clip_box
 from kptllm_core.instances import MOST, box_iou, distinct
 from kptllm_core.keypoints import KeypointSet
 from kptllm_core.passes import BATCH, Passes
-from kptllm_core.support import Prompt, with_margin
+from kptllm_core.support import Prompt
 from kptllm_core.sureness import Weights, least_seen, search_kind, sureness, trust, witnesses
 
 SAME_AS_GIVEN = 0.5  # overlap (IoU) with a drawn box from which on a found one is the same object
@@ -92,7 +92,7 @@ class ImageObjects:
             for start in range(0, len(crops), BATCH):
                 part = crops[start : start + BATCH]
                 sets += self.passes.points_of_crops([self.image] * len(part), part, prompt, shots)
-        return self._around(max(sets, key=trust), 0.15 * max(width, height) if len(prompt.schema) == 1 else 1.0)
+        return self._around(max(sets, key=trust))
 
     def _points(self, boxes: np.ndarray, prompt: Prompt) -> list[KeypointSet]:
         return self.passes.points([self.image] * len(boxes), list(boxes), prompt)
@@ -117,7 +117,7 @@ class ImageObjects:
         if not len(found.boxes) or self.prompt.shown is None or not self.prompt.points_tell_boxes:
             return found
         sets = self._likely_points(found, least)
-        boxes = np.stack([box if (around := self._around(s, 1.0)) is None else around for s, box in zip(sets, found.boxes, strict=False)])
+        boxes = np.stack([box if (around := self._around(s)) is None else around for s, box in zip(sets, found.boxes, strict=False)])
         rough = None if needs_windows(self.prompt.shown.share) else self.rough(self.prompt.seeking)
         if rough is not None:
             same = box_iou(rough[None], boxes)[0]
@@ -134,13 +134,12 @@ class ImageObjects:
             surest = max(float(s) * trust(p) for s, p in zip(found.score, sets, strict=False))
         return sets
 
-    def _around(self, points: KeypointSet, least: float) -> np.ndarray | None:
-        """(4,) a box around the usual points that are not much less sure than most; None where they are too few.
-
-        least: longer side of the points' hull, pixels, if it has none."""
+    def _around(self, points: KeypointSet) -> np.ndarray | None:
+        """(4,) a box around the usual points that are not much less sure than most; None where they are too few."""
         there = points.placed & self.prompt.shown.usual if self.prompt.shown else points.placed
         sure = there & (points.score >= 0.5 * np.median(points.score[there])) if there.any() else there
         if sure.sum() < min(2, len(points)):
             return None
-        box = clip_box(with_margin(points.xy[sure], self.prompt.margin, least), self.image.shape[1], self.image.shape[0])
+        height, width = self.image.shape[:2]
+        box = clip_box(self.prompt.box_around(points.xy[sure], width, height), width, height)
         return box if min(box[2], box[3]) > 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +22,20 @@ from kptllm_core.lexicon import lexicon
 from kptllm_core.model import Asked, KptLLM
 from kptllm_core.objective import RARE
 from kptllm_core.shots import TURNS, Shots, look_of
-from kptllm_core.support import Example, Prepared, Prompt, margin_of, turned, usable_box, usual_points, with_margin
+from kptllm_core.support import Example, Prepared, Prompt, turned, usual_margin, usual_points
 from kptllm_core.vision import Features, grid_positions
 
 BATCH = 8  # crops in one pass
 TELLING = 4  # points of an object from which on the others tell of one where it must be
 GONE = 20.0  # logits below a heatmap's least: nothing pulls a point there
+
+
+class View(NamedTuple):
+    """An example as it is shown: its points in pixels of its image, the crop, and the crop's pixels (S, S, 3) uint8."""
+
+    points: KeypointSet
+    crop: Crop
+    picture: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,7 @@ class Passes:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[np.ndarray], crops: Sequence[Crop]) -> Features:
-        stack = np.stack([warp(i, c) for i, c in zip(images, crops, strict=True)])
-        return self.model.encode(torch.from_numpy(stack).permute(0, 3, 1, 2).to(self.device))
+        return self._encode([warp(i, c) for i, c in zip(images, crops, strict=True)])
 
     @torch.inference_mode()
     def prepare(self, schema: KeypointSchema, support: Sequence[Example]) -> Prepared:
@@ -57,13 +65,17 @@ class Passes:
         points = [e.keypoints.reorder(schema.names) for e in support]
         if not any(p.placed.any() for p in points):
             raise InvalidInput("No support example has a labelled point of this schema. Label at least one.")
-        boxes = [usable_box(p, e.image) for p, e in zip(points, support, strict=True)]
-        images = [e.image for e in support]
-        tight = self._shots(images, points, [[turned(b, p, self.size, d) for d in TURNS] for b, p in zip(boxes, points, strict=True)])
-        whole = self._shots(images, points, [[self.crop(i, None)] for i in images])
-        margins = [margin_of(p, b) for p, b in zip(points, boxes, strict=True) if p.placed.any()]
-        shares = [max(b[2], b[3]) / max(i.shape[:2]) for b, i in zip(boxes, images, strict=True)]
-        return Prepared(tight, whole, np.mean(margins, 0), float(np.median(shares)), usual_points(points))
+        tight, whole, boxes, shares = list[View](), list[View](), list[np.ndarray](), list[float]()
+        for example, own in zip(support, points, strict=True):  # one image at a time: fifty photographs would need more memory than there may be
+            image = example.image
+            height, width = image.shape[:2]
+            box = own.usable_box(width, height)
+            tight += [View(own, crop, warp(image, crop)) for crop in (turned(box, own, self.size, d) for d in TURNS)]
+            whole.append(View(own, crop := self.crop(image, None), warp(image, crop)))
+            boxes.append(box)
+            shares.append(max(box[2], box[3]) / max(width, height))
+        margin = usual_margin(points, boxes)
+        return Prepared(self._shots(tight, len(TURNS)), self._shots(whole, 1), margin, float(np.median(shares)), usual_points(points))
 
     @torch.inference_mode()
     def points(self, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray | None], prompt: Prompt, order: list[int] | None = None,
@@ -78,7 +90,7 @@ class Passes:
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
             sets += self.points_of_crops(images[part], crops[part], prompt, prompt.tight, order, fixed and fixed[part], taken and taken[part])
-        return [self._finish(*item, prompt.margin) for item in zip(sets, boxes, images, strict=True)]
+        return [self._finish(*item, prompt) for item in zip(sets, boxes, images, strict=True)]
 
     @torch.inference_mode()
     def points_of_crops(self, images: Sequence[np.ndarray], crops: Sequence[Crop], prompt: Prompt, shots: Shots | None,
@@ -134,19 +146,20 @@ class Passes:
         visibility[beyond & ~given & (not few)] = Visibility.ABSENT
         return KeypointSet(tuple(names), xy, visibility, answer.confidence[row].sigmoid().cpu().numpy())
 
-    def _shots(self, images: Sequence[np.ndarray], points: Sequence[KeypointSet], crops: Sequence[Sequence[Crop]]) -> Shots:
-        """crops: of each image, as many of each."""
-        turns = len(crops[0])
-        flat = [(i, p, c) for i, p, some in zip(images, points, crops, strict=True) for c in some]
-        each: list[Features] = []
-        for start in range(0, len(flat), BATCH):
-            part = flat[start : start + BATCH]
-            features = self.encode([i for i, _, _ in part], [c for _, _, c in part])
-            each += [features.pick(slice(s, s + 1)) for s in range(len(part))]
-        xy = np.stack([np.clip(c.to_crop(p.xy) / self.size, 0, 1) for _, p, c in flat])
-        known = np.stack([p.placed for _, p, _ in flat])
-        shots = self.model.show(each, *(torch.from_numpy(a)[None].to(self.device) for a in (xy.astype(np.float32), known)))
-        return shots._replace(turns=turns)
+    def _encode(self, pictures: Sequence[np.ndarray]) -> Features:
+        return self.model.encode(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(self.device))
+
+    def _shots(self, views: Sequence[View], turns: int) -> Shots:
+        """views: so many of each example, one after the other."""
+        parts = []
+        for start in range(0, len(views), BATCH):
+            part = views[start : start + BATCH]
+            features = self._encode([v.picture for v in part])
+            each = [features.pick(slice(s, s + 1)) for s in range(len(part))]
+            xy = np.stack([np.clip(v.crop.to_crop(v.points.xy) / self.size, 0, 1) for v in part])
+            known = np.stack([v.points.placed for v in part])
+            parts.append(self.model.show(each, *(torch.from_numpy(a)[None].to(self.device) for a in (xy.astype(np.float32), known))))
+        return Shots.joined(parts, turns)
 
     def _support(self, shots: Shots | None, features: Features, count: int) -> Support:
         """What each of the queries is shown. features: of the queries; count: of the points."""
@@ -184,9 +197,9 @@ class Passes:
         sure = heat.flatten(1).softmax(-1).amax(-1).cpu().numpy()
         return KeypointSet(tuple(names), xy, np.full(len(names), Visibility.VISIBLE), sure)
 
-    def _finish(self, points: KeypointSet, box: np.ndarray | None, image: np.ndarray, margin: np.ndarray) -> KeypointSet:
+    def _finish(self, points: KeypointSet, box: np.ndarray | None, image: np.ndarray, prompt: Prompt) -> KeypointSet:
         height, width = image.shape[:2]
         xy = clip_to_image(points.xy, width, height)
         if box is None and points.placed.any():
-            box = clip_box(with_margin(xy[points.placed], margin, 1.0), width, height)
+            box = clip_box(prompt.box_around(xy[points.placed], width, height), width, height)
         return KeypointSet(points.names, xy, points.visibility, points.score, box)

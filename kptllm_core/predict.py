@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,8 @@ def predict_images(
     asked: list[str] | None,
     category_id: int = 1,
     draw: Path | None = None,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One COCO keypoints result for each image, in order."""
-    results: list[dict[str, Any]] = []
     with tqdm(sources, unit=" image", disable=None) as bar:
         for start in range(0, len(sources), BATCH):
             batch = [_open(source) for source in sources[start : start + BATCH]]
@@ -105,13 +104,13 @@ def predict_images(
             )
             for source, image in zip(sources[start : start + BATCH], batch, strict=True):
                 points = None if isinstance(image, KptError) else next(predicted)
-                results.append(_result(source, points, category_id))
+                entry = _result(source, points, category_id)
                 if isinstance(image, KptError):
-                    results[-1]["error"] = image.message
+                    entry["error"] = image.message
                 elif draw is not None:
                     _draw(draw, source, image, points, schema)
+                yield entry
             bar.update(len(batch))
-    return results
 
 
 def _open(source: Source) -> np.ndarray | KptError:
@@ -213,10 +212,15 @@ def run(args: argparse.Namespace) -> int:
         schema = KeypointSchema(tuple(names or ()), args.category or "object", (), symmetric_pairs(names or []))
     predictor = load_predictor(args.model, adapter=args.adapter, device=args.device)
     support = [Example(s.read(), s.keypoints) for s in chosen] if args.prompt != "text" else []
-    results = predict_images(
-        predictor, sources, schema, support, args.prompt, names if chosen else None, draw=args.draw
-    )
-    write_json(args.out, results)
+    results: list[dict[str, Any]] = []
+    try:
+        for entry in predict_images(
+            predictor, sources, schema, support, args.prompt, names if chosen else None, draw=args.draw
+        ):
+            results.append(entry)
+    finally:  # whatever ended it, hours of work are not lost
+        if results:
+            write_json(args.out, results)
     unread = [r for r in results if "error" in r]
     done = f"{len(results) - len(unread)} of {len(results)} images predicted by {predictor.base}"
     print(f"{done}; results in {args.out}.")  # noqa: T201 - the command's answer

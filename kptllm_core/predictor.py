@@ -26,7 +26,9 @@ from kptllm_core.support import Example, Prepared, Prompt, support_key
 __all__ = ["Example", "Instance", "Predictor", "load_predictor"]
 
 PROMPTS = ("auto", "visual", "text", "both")
-MAX_SUPPORTS = 32  # support sets that stay encoded
+MAX_SUPPORTS = 32  # support sets that stay encoded at most
+MAX_SUPPORT_BYTES = 256 * 2**20  # of these together, but for the newest
+SMALL = 0.1  # of the image's longer side: points that lie closer together do not tell how far their object reaches
 
 
 def load_predictor(model: str | Path, adapter: str | Path | None = None, device: str = "auto", untrained: bool = False) -> Predictor:
@@ -127,10 +129,13 @@ class Predictor:
                     candidates: Sequence[str] | None = None) -> list[tuple[str, float]]:  # fmt: skip
         """The third task: what are the points at xy (K, 2), in pixels, called?
 
-        candidates: choose among these names; otherwise the model writes one freely. Returns (name, probability) each.
+        box: of the object; without one it is told by points that lie apart, else the whole image is looked at. candidates: choose among
+        these names; otherwise the model writes one freely. Returns (name, probability) each.
         """
         xy = np.asarray(xy, np.float32).reshape(-1, 2)
-        crop = self.passes.crop(image, box_of_points(xy, 0.1) if box is None else box)
+        if box is None and np.ptp(xy, 0).max() > SMALL * max(image.shape[:2]):
+            box = box_of_points(xy, 0.1)
+        crop = self.passes.crop(image, box)
         features = self.passes.encode([image], [crop])
         places = torch.from_numpy(crop.to_crop(xy) / self.size).float().clamp(0, 1)[None].to(self.device)
         tokens = self.model.extractor(features, places)
@@ -149,11 +154,14 @@ class Predictor:
         shown = self._prepare(schema, support) if support and prompt != "text" else None
         return Prompt(schema, shown, named=prompt != "visual", taught=self.adapter is not None)
 
+    def _support_bytes(self) -> int:
+        return sum(p.tight.nbytes + p.whole.nbytes for p in self._supports.values())
+
     def _prepare(self, schema: KeypointSchema, support: Sequence[Example]) -> Prepared:
         key = support_key(self._weights, schema, support)
         if key not in self._supports:
             self._supports[key] = self.passes.prepare(schema, support)
-            if len(self._supports) > MAX_SUPPORTS:
+            while len(self._supports) > 1 and (len(self._supports) > MAX_SUPPORTS or self._support_bytes() > MAX_SUPPORT_BYTES):
                 self._supports.popitem(last=False)
         self._supports.move_to_end(key)
         return self._supports[key]

@@ -17,7 +17,7 @@ import numpy as np
 
 from kptllm_core.dataset import KeypointDataset, Sample, held_out, load_coco
 from kptllm_core.errors import DataError
-from kptllm_core.geometry import box_of_points, similarity_crop
+from kptllm_core.geometry import similarity_crop
 from kptllm_core.imaging import cut_image, warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 
@@ -254,13 +254,9 @@ def with_box(truth: KeypointSet, image: np.ndarray) -> KeypointSet:
     """
     if truth.box is not None and min(truth.box[2:]) > 0:
         return truth
-    points = truth.xy[truth.placed]
-    if not len(points):
+    if not truth.placed.any():
         raise DataError("An object has neither a box nor a labelled point; it cannot be evaluated.")
-    box = box_of_points(points, 0.1)
-    if max(box[2:]) <= 2:
-        box = box_of_points(points, 0.05 * max(image.shape[:2]))
-    return KeypointSet(truth.names, truth.xy, truth.visibility, truth.score, box)
+    return replace(truth, box=truth.usable_box(image.shape[1], image.shape[0]))
 
 
 def true_box(truth: KeypointSet) -> np.ndarray:

@@ -7,8 +7,10 @@ look tells (docs/experiments.md, "Which examples should a query see?").
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,6 +36,18 @@ class Shots(NamedTuple):
     known: Tensor
     look: Tensor
     turns: int = 1
+
+    @classmethod
+    def joined(cls, parts: Sequence[Shots], turns: int) -> Shots:
+        """The shots of all parts, one after the other."""
+        token, descriptor, xy, known, look, _ = zip(*parts, strict=True)
+        fine, middle, coarse = (torch.cat(level, 1) for level in zip(*descriptor, strict=True))
+        return cls(torch.cat(token, 1), (fine, middle, coarse), torch.cat(xy, 1), torch.cat(known, 1), torch.cat(look, 1), turns)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they take."""
+        return sum(t.nbytes for t in (self.token, *self.descriptor, self.xy, self.known, self.look))
 
     def upright(self) -> Shots:
         """The images as they stand."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,17 +12,24 @@ from kptllm_core.geometry import CROP_FACTOR, Crop, box_of_points, crop_of_box
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from kptllm_core.shots import Shots
 
+ALONE = 0.15  # of the image's longer side: the side of a box around the only point of a kind of which no example is shown
 FAR = 0.75  # of the extent of the points: a box that reaches further beyond them is hardly told by them
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One support example. image: (H, W, 3) uint8; keypoints in its pixels."""
+    """One support example. keypoints in pixels of its image."""
 
-    image: np.ndarray
+    picture: np.ndarray | Callable[[], np.ndarray]
+    """(H, W, 3) uint8, or what reads them: with a key that is done only where the example is not encoded yet."""
     keypoints: KeypointSet
     key: str | None = None
-    """The hash of the image where the caller knows it; saves hashing the pixels to find the example again."""
+    """What stands for the image where the caller knows it, as its hash does; saves hashing the pixels to find the example again."""
+
+    @property
+    def image(self) -> np.ndarray:
+        """(H, W, 3) uint8."""
+        return self.picture if isinstance(self.picture, np.ndarray) else self.picture()
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Prepared:
     tight: Shots
     whole: Shots
     margin: np.ndarray
-    """(4,) how far the objects' boxes reach beyond their points on the left, top, right, bottom; shares of the points' extent."""
+    """(4,) how far the objects' boxes reach beyond their usual points on the left, top, right, bottom; shares of the points' extent. Median."""
     share: float
     """Median of box side over image side."""
     usual: np.ndarray
@@ -66,10 +73,12 @@ class Prompt:
         """As in `Prepared`; None without support."""
         return self.shown.share if self.shown is not None else None
 
-    @property
-    def margin(self) -> np.ndarray:
-        """(4,) of a box around its points, as in `Prepared`."""
-        return self.shown.margin if self.shown is not None else np.full(4, 0.1)
+    def box_around(self, xy: np.ndarray, width: int, height: int) -> np.ndarray:
+        """(4,) the box of an object with these points, (N, 2), in an image of that size: as far beyond them as those of the examples reach.
+        Of kinds with one point: as large as the examples' are."""
+        if len(self.schema) == 1:
+            return box_of_points(xy, 0.5 * (self.share or ALONE) * max(width, height))
+        return with_margin(xy, self.shown.margin if self.shown is not None else np.full(4, 0.1))
 
     @property
     def points_tell_boxes(self) -> bool:
@@ -80,9 +89,12 @@ class Prompt:
 def support_key(weights: str, schema: KeypointSchema, support: Sequence[Example]) -> str:
     digest = hashlib.sha256(repr((weights, schema.names)).encode())
     for example in support:
-        image = example.key or hashlib.sha256(np.ascontiguousarray(example.image).data).hexdigest()
-        digest.update(repr((image, example.image.shape, example.keypoints.to_json())).encode())
+        digest.update(repr((example.key or _hash(example.image), example.keypoints.to_json())).encode())
     return digest.hexdigest()
+
+
+def _hash(image: np.ndarray) -> str:
+    return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).data).hexdigest()
 
 
 def usual_points(examples: Sequence[KeypointSet]) -> np.ndarray:
@@ -91,32 +103,32 @@ def usual_points(examples: Sequence[KeypointSet]) -> np.ndarray:
     return usual if usual.sum() >= 2 else np.ones(len(usual), bool)
 
 
-def usable_box(points: KeypointSet, image: np.ndarray) -> np.ndarray:
-    """The example's box; where it has none or one without area, the padded hull of its points (or the image)."""
-    if points.box is not None and min(points.box[2], points.box[3]) > 0:
-        return points.box
-    if not points.placed.any():
-        return np.array([0, 0, image.shape[1], image.shape[0]], np.float32)
-    box = box_of_points(points.xy[points.placed], 0.1)
-    return box if max(box[2], box[3]) > 2 else box_of_points(points.xy[points.placed], 0.05 * max(image.shape[:2]))
-
-
 def turned(box: np.ndarray, points: KeypointSet, size: int, degrees: float) -> Crop:
     """The crop around an example's box, turned, and as much wider as its points then need."""
     crop = crop_of_box(box, size, degrees=degrees)
-    reach = np.abs(crop.to_crop(points.xy[points.placed]) / size - 0.5).max(initial=0.0) if degrees else 0.0
+    reach = np.abs(crop.to_crop(points.xy[points.placed]) / size - 0.5).max(initial=0.0)
     return crop_of_box(box, size, CROP_FACTOR * max(2 * reach, 1.0), degrees)
 
 
-def margin_of(points: KeypointSet, box: np.ndarray) -> np.ndarray:
-    hull = box_of_points(points.xy[points.placed])
+def usual_margin(examples: Sequence[KeypointSet], boxes: Sequence[np.ndarray]) -> np.ndarray:
+    """(4,) see `Prepared.margin`. An example with a single usual point tells nothing of an extent, unless all are such."""
+    usual = usual_points(examples)
+    told = [(e.xy[e.placed & usual], b) for e, b in zip(examples, boxes, strict=True)]
+    most = min(max(len(xy) for xy, _ in told), 2)
+    return np.median([margin_of(xy, box) for xy, box in told if len(xy) >= most], 0)
+
+
+def margin_of(xy: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """(4,) how far a box reaches beyond points, (N ≥ 1, 2), in shares of their extent."""
+    hull = box_of_points(xy)
     side = max(hull[2], hull[3], 1.0)
     reach = np.array([hull[0] - box[0], hull[1] - box[1], box[0] + box[2] - hull[0] - hull[2], box[1] + box[3] - hull[1] - hull[3]])
     return np.clip(reach / side, -0.2, 2.0)
 
 
-def with_margin(xy: np.ndarray, margin: np.ndarray, least: float) -> np.ndarray:
+def with_margin(xy: np.ndarray, margin: np.ndarray) -> np.ndarray:
+    """(4,) the box that reaches so far beyond points, (N ≥ 1, 2)."""
     hull = box_of_points(xy)
-    side = max(hull[2], hull[3], least)
+    side = max(hull[2], hull[3], 1.0)
     left, top, right, bottom = margin * side
     return np.array([hull[0] - left, hull[1] - top, hull[2] + left + right, hull[3] + top + bottom])

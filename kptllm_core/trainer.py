@@ -25,7 +25,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kptllm_core.dataset import Sample, load_coco, write_coco
+import numpy as np
+
+from kptllm_core.dataset import Sample, far_outside, load_coco, write_coco
 from kptllm_core.engine import is_out_of_memory
 from kptllm_core.errors import ArtifactError, DataError, ImageError, InvalidInput, KptError, TooLarge, Unavailable
 from kptllm_core.imaging import read_image
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("kptllm_core.trainer")
 
 LOCK_SECONDS = 10.0  # a killed trainer may take a moment to vanish
-SCORED_AT_ONCE = 16
+SCORED_AT_ONCE = 16  # images
+SCORED_BYTES = 256 * 2**20  # of their pixels: with more, no further image is read before these are scored
 REPORT_EVERY = 0.25  # seconds between two progress files
 ACCIDENT = 77  # exit code: something killed a part of this trainer
 SMALL_AFTER = 2  # accidents after which the round goes on with a smaller batch
@@ -86,8 +89,13 @@ class Round:
                     sizes[sha] = (width, height)
                 except (ImageError, TooLarge) as error:
                     skipped[sha] = error.message
-            items = [(item["image"], *sizes[item["image"]], KeypointSet.from_json(item["keypoints"]), item["group"] or item["image"])
-                     for item in self.run[part] if item["image"] in sizes]  # fmt: skip
+            items = []
+            for item in self.run[part]:
+                points = KeypointSet.from_json(item["keypoints"])
+                if item["image"] in sizes and far_outside(points, *sizes[item["image"]]):
+                    skipped.setdefault(item["image"], "An object has a point far outside the image.")
+                elif item["image"] in sizes:
+                    items.append((item["image"], *sizes[item["image"]], points, item["group"] or item["image"]))
             if not items and part != "support":
                 raise DataError(f"No image of '{part}' can be read. The first of {len(self.run[part])}: {next(iter(skipped.values()))}")
             write_coco(self.folder / part, self.schema, items)
@@ -145,7 +153,7 @@ class Round:
         self.report(phase="scoring", eta_seconds=None)
         parent = self.run["parent_folder"]
         predictor = load_predictor(self.run["model"], adapter=None if parent is None else Path(parent))
-        support = [Example(sample.read(), sample.keypoints) for sample in self._samples("support")]
+        support = [Example(sample.read, sample.keypoints, str(sample.image_path)) for sample in self._samples("support")]
         before = self._score(predictor, support)
         predictor.use_adapter(self.folder / "adapter")
         return before, self._score(predictor, support)
@@ -159,10 +167,13 @@ class Round:
         parts = []
         for boxes, asked in (("found", [s for s in samples if objects[s.image_path] == 1]),
                              ("given", [s for s in samples if objects[s.image_path] > 1])):  # fmt: skip
-            for start in range(0, len(asked), SCORED_AT_ONCE):
+            read: list[tuple[np.ndarray, KeypointSet]] = []
+            for sample in asked:
                 self.report(phase="scoring")
-                read = [(sample.read(), sample.keypoints) for sample in asked[start : start + SCORED_AT_ONCE]]
-                parts.append(score_predictor(predictor, read, self.schema, support, boxes, drawn=True))
+                read.append((sample.read(), sample.keypoints))
+                if sample is asked[-1] or len(read) == SCORED_AT_ONCE or sum(i.nbytes for i, _ in read) > SCORED_BYTES:
+                    parts.append(score_predictor(predictor, read, self.schema, support, boxes, drawn=True))
+                    read = []
         return pooled(parts)
 
     def _samples(self, part: str) -> list[Sample]:

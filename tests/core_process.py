@@ -34,7 +34,8 @@ class Instance(NamedTuple):
 
 
 class TimedPredictor:
-    """Puts point i at (i, i) + the mean colour, after `seconds`. `trouble` may raise for the images that it dislikes."""
+    """Puts point i at (i, i) + the mean colour, after `seconds`. `trouble` may raise for the images that it dislikes. It looks at the support
+    once, as the model does."""
 
     base, device = "timed-00000000", "cpu"
 
@@ -44,6 +45,7 @@ class TimedPredictor:
         self.switched: list[str | None] = []
         self.batches: list[int] = []
         self.inside = threading.Lock()
+        self.shown: set[str] = set()
 
     def use_adapter(self, folder: Path | None) -> None:
         if folder is not None and not (folder / "adapter.json").is_file():
@@ -51,7 +53,11 @@ class TimedPredictor:
         self.adapter = folder
         self.switched.append(None if folder is None else folder.name)
 
-    def predict(self, images: list[np.ndarray], schema: KeypointSchema, **options: Any) -> list[KeypointSet]:
+    def predict(self, images: list[np.ndarray], schema: KeypointSchema, support: Any = (), **options: Any) -> list[KeypointSet]:
+        for example in support:
+            if example.key not in self.shown:
+                assert example.image.ndim == 3
+                self.shown.add(example.key)
         return self._points(images, schema)
 
     def _points(self, images: list[np.ndarray], schema: KeypointSchema) -> list[KeypointSet]:

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from kptllm_core import predict as predict_module
 from kptllm_core.__main__ import COMMANDS, main
 from kptllm_core.dataset import write_coco
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
@@ -110,6 +112,21 @@ def test_an_unreadable_image_costs_only_itself(
     assert main([str(a) for a in arguments]) == 2
     assert "error: None of the 6 images could be read" in capsys.readouterr().err
     assert len(json.loads((tmp_path / "none.json").read_text())) == 6
+
+
+def test_what_is_done_is_kept_when_predicting_ends_early(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    def stop(source: Any) -> Any:
+        if source.name == "mouse 5.png":
+            raise KeyboardInterrupt
+        return read(source)
+
+    read = predict_module._open
+    monkeypatch.setattr(predict_module, "_open", stop)
+    monkeypatch.setattr(predict_module, "BATCH", 2)
+    out = tmp_path / "predictions.json"
+    assert main(["predict", "--model", "tiny", "--images", str(folder / "images"), "--names", "nose", "--out", str(out)]) == 130
+    assert [r["file_name"] for r in json.loads(out.read_text())] == [f"mouse {i}.png" for i in range(4)]
 
 
 def test_mistakes_of_predict_are_told_in_one_line(

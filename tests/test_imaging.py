@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kptllm_core.errors import ImageError, TooLarge
-from kptllm_core.imaging import image_size, read_image
+from kptllm_core.geometry import similarity_crop
+from kptllm_core.imaging import PAPER, image_size, read_image, warp
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
@@ -97,3 +99,50 @@ def test_a_pixel_bomb_is_refused_on_its_header() -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(ImageError, match=r"nowhere\.jpg"):
         read_image("nowhere.jpg")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_shown_as_browsers_do(form: str, orientation: int) -> None:
+    """The bright corner of a turned image goes where EXIF says; its size is told from the header alone."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:8, :8] = 255
+    data = encoded(Image.fromarray(pixels), form, exif=exif)
+    image = read_image(data)
+    assert image_size(data) == image.shape[1::-1] == ((80, 40) if orientation < 5 else (40, 80))
+    height, width = image.shape[:2]
+    right, below = orientation in (2, 3, 6, 7), orientation in (3, 4, 7, 8)
+    assert image[height - 4 if below else 4, width - 4 if right else 4].min() > 200
+    assert image.mean() < 20
+
+
+def test_an_image_is_turned_whatever_else_its_exif_holds() -> None:
+    """A tag that Pillow cannot write again, as cameras and tools leave them."""
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHI4s", 0x0213, 2, 4, b"abc")  # YCbCrPositioning is a number
+    data = encoded(Image.new("RGB", (80, 40)), "JPEG", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4))
+    with pytest.raises(Exception):  # noqa: B017 - what makes it a case at all; Pillow's own way ends in various errors
+        ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert image_size(data) == (40, 80) and read_image(data).shape == (80, 40, 3)
+
+
+def test_whatever_pillow_raises_on_damaged_bytes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mangled(self: object) -> None:
+        raise TypeError("'str' object cannot be interpreted as an integer")
+
+    monkeypatch.setattr("PIL.TiffImagePlugin.TiffImageFile.load", mangled)
+    with pytest.raises(ImageError, match="damaged"):
+        read_image(encoded(RAMP, "TIFF"))
+
+
+def test_a_crop_is_the_same_whether_the_whole_image_is_copied_or_what_it_shows() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        image = rng.integers(0, 255, (*rng.integers(5, 500, 2), 3), np.uint8)
+        crop = similarity_crop(rng.uniform(-0.3, 1.3, 2) * image.shape[1::-1], float(np.exp(rng.uniform(0, 7))), 64, rng.uniform(0, 360))
+        factor = max(int(1 / crop.scale / 1.5), 1)
+        whole = Image.fromarray(image).reduce(factor)
+        inverse = np.linalg.inv(np.vstack([crop.matrix * [factor, factor, 1], [0, 0, 1]]))[:2]
+        expected = whole.transform((64, 64), Image.Transform.AFFINE, tuple(inverse.ravel()), Image.Resampling.BILINEAR, fillcolor=PAPER)
+        assert np.abs(warp(image, crop).astype(int) - np.asarray(expected)).max() <= 1

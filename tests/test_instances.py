@@ -259,3 +259,14 @@ def test_points_that_few_examples_have_do_not_stretch_a_box() -> None:
     assert usual_points([often, seldom, seldom]).tolist() == [True, True, False]
     assert usual_points([often, often, seldom]).tolist() == [True] * 3
     assert usual_points([example(2, 0, 0), example(0, 2, 0)]).tolist() == [True] * 3  # too few are usual
+
+
+def test_the_box_of_one_point_is_as_large_as_the_examples() -> None:
+    predictor = load_predictor("nano")
+    category, rng = Category.sample(np.random.default_rng(7)), np.random.default_rng(8)
+    shown, points = category.render(rng, 256)
+    one = KeypointSchema(category.schema.names[:1])
+    box = np.array([*(points.xy[0] - 20), 40, 40])
+    example = Example(shown, KeypointSet(one.names, points.xy[:1], points.visibility[:1], box=box))
+    (found,) = predictor.predict([category.render(rng, 256)[0]], one, [example])
+    assert found.box is not None and max(found.box[2:]) == pytest.approx(40, abs=1)

@@ -17,6 +17,7 @@ from kptllm_core.geometry import similarity_crop
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import write_questions
 from kptllm_core.model import Asked, KptLLM, block_mask, packed
+from kptllm_core.passes import Passes
 from kptllm_core.predictor import Example, Predictor, load_predictor
 from kptllm_core.synthetic import Category
 
@@ -237,3 +238,24 @@ def test_whether_one_of_few_points_is_absent_only_a_round_teaches(tiny_model: st
     told = Answer(middle, torch.zeros(1, count, 4, 4), states, torch.zeros(1, count), middle, torch.ones(1, count))
     points = predictor.passes.set_of(["nose", "tail", "ear", "paw"][:count], told, 0, crop, image, np.zeros(count, bool), taught)
     assert (points.visibility == said).all()
+
+
+def test_one_point_is_named_by_the_whole_image_and_points_apart_by_what_is_around_them(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides: list[float] = []
+    monkeypatch.setattr(Passes, "encode", lambda self, images, crops, real=Passes.encode: sides.extend(self.size / c.scale for c in crops)
+                        or real(self, images, crops))  # fmt: skip
+    image = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
+    for xy in ([[100, 100]], [[100, 100], [103, 104]], [[50, 50], [150, 100]]):
+        assert len(predictor.name_points(image, np.array(xy), candidates=["nose", "tail"])) == len(xy)
+    predictor.name_points(image, np.array([[100, 100]]), box=np.array([80, 80, 40, 40]))
+    assert sides == pytest.approx([300, 300, 150, 50])
+
+
+def test_many_names_are_chosen_from_some_at_a_time(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)
+    names = ["nose", "tail", "left front paw", "wing tip", "eye"]
+    at_once = predictor.name_points(image, np.array([[10, 10], [70, 80]]), candidates=names)
+    monkeypatch.setattr("kptllm_core.naming.NAMES", 2)
+    in_parts = predictor.name_points(image, np.array([[10, 10], [70, 80]]), candidates=names)
+    assert [n for n, _ in in_parts] == [n for n, _ in at_once]
+    assert [c for _, c in in_parts] == pytest.approx([c for _, c in at_once], abs=1e-5)

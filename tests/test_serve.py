@@ -136,6 +136,22 @@ def test_one_result_per_query_and_errors_stay_with_theirs(client: FlaskClient) -
     assert client.post("/predict", json={"schema": SCHEMA, "queries": []}).get_json()["results"] == []
 
 
+def test_support_images_are_read_when_they_are_shown_first_and_a_bad_one_spoils_the_request(
+    client: FlaskClient, core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, broken = picture(10), picture(20), b"no image at all"
+    upload(client, one, two, broken)
+    read: list[str] = []
+    monkeypatch.setattr(core.images, "read", lambda name, real=core.images.read: read.append(name) or real(name))
+    body = {"schema": SCHEMA, "queries": [{"image": sha(one)}], "support": [labelled(two)]}
+    for _ in range(3):
+        assert client.post("/predict", json=body).status_code == 200
+    assert read.count(sha(two)) == 1
+    refused = client.post("/predict", json={**body, "support": [labelled(two), labelled(broken)]})
+    error = refused.get_json()["error"]
+    assert refused.status_code == 400 and sha(broken) in error["message"] and error["code"] == "image"
+
+
 def ask_objects(client: FlaskClient, data: bytes, objects: Any, **more: Any) -> dict[str, Any]:
     queries = [{"image": sha(data), "objects": objects, **more}]
     answer = client.post("/predict", json={"schema": SCHEMA, "prompt": "text", "queries": queries})

@@ -9,7 +9,7 @@ import torch
 from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from kptllm_core.predictor import Example, Predictor
 from kptllm_core.shots import NEAREST, TURNS, Shots
-from kptllm_core.support import turned
+from kptllm_core.support import turned, usual_margin
 from kptllm_core.synthetic import Category
 
 SAME = 2e-3  # pixels
@@ -109,3 +109,34 @@ def test_a_point_that_one_example_has_is_shown_whatever_that_looks_like(predicto
     (found,) = predictor.predict([query.image], schema, support, [query.keypoints.box], "visual", asked=[schema.names[0]])
     (alone,) = predictor.predict([query.image], schema, [examples[1]], [query.keypoints.box], "visual", asked=[schema.names[0]])
     assert np.abs(found.xy - alone.xy).max() < 0.2 * max(query.keypoints.box[2:])
+
+
+def test_a_point_outside_its_box_is_shown_where_it_is() -> None:
+    points = KeypointSet(("body", "tail"), np.array([[50, 50], [170, 50]]), np.array([2, 2]), box=np.array([0, 0, 100, 100]))
+    for degrees in TURNS:
+        xy = turned(points.box, points, 64, degrees).to_crop(points.xy)
+        assert ((xy >= -1e-6) & (xy <= 64 + 1e-6)).all()
+
+
+def test_an_example_with_one_point_does_not_stretch_the_boxes_of_all() -> None:
+    whole = KeypointSet(("a", "b"), np.array([[20, 50], [80, 50]]), np.array([2, 2]), box=np.array([14, 44, 72, 12]))
+    sparse = KeypointSet(("a", "b"), whole.xy, np.array([2, 0]), box=whole.box)
+    told = usual_margin([whole] * 4, [whole.box] * 4)
+    assert told == pytest.approx([0.1] * 4)
+    assert usual_margin([whole, sparse, whole, sparse, whole], [whole.box] * 5) == pytest.approx(told)
+    assert (usual_margin([sparse], [sparse.box]) > 1).all()  # nothing else is known
+
+
+def test_support_sets_stay_encoded_up_to_so_many_bytes(
+    predictor: Predictor, scene: tuple[KeypointSchema, list[Example]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema, examples = scene
+    read: list[int] = []
+    lazy = [Example(lambda e=e: read.append(1) or e.image, e.keypoints, str(i)) for i, e in enumerate(examples[:4])]
+    predictor._prompt(schema, lazy[:2], "both")
+    predictor._prompt(schema, lazy[2:], "both")
+    predictor._prompt(schema, lazy[:2], "both")
+    assert len(read) == 4
+    monkeypatch.setattr("kptllm_core.predictor.MAX_SUPPORT_BYTES", 1)
+    predictor._prompt(schema, lazy[:3], "both")
+    assert len(predictor._supports) == 1 and len(read) == 7

@@ -9,13 +9,14 @@ import sys
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from kptllm_core.__main__ import main
-from kptllm_core.checkpoint import load_checkpoint
+from kptllm_core.checkpoint import load_checkpoint, write_tensors
 from kptllm_core.dataset import held_out, load_coco
 from kptllm_core.episodes import (
     Augmentation,
@@ -300,3 +301,35 @@ def test_a_state_of_another_run_is_not_resumed(tmp_path: Path, coco_folder: Path
         train_adapter(tiny_model, [other], tmp_path / "a", steps=5, recipe=adapt(), resume=True)
     with pytest.raises(InvalidInput, match=r"of another run: .*adapter"):
         pretrain(tiny_model, [], tmp_path / "a", Recipe(**{**vars(QUICK), "steps": 6}), resume=True)
+
+
+def test_objects_of_one_point_without_a_box_teach_something() -> None:
+    """They have the box that serving gives them, not one without area, in whose crop the point is always the centre."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 255, (200, 300, 3), np.uint8)
+    points = KeypointSet(("tip",), np.array([[120, 80]]), np.array([2]))
+    episode = make_episode(rng, [(image, points)] * 40, KeypointSchema(("tip",)), 64, replace(STILL, cut=0.0, covered=0.0), 6)
+    assert episode.size.min() > 0.1 and np.ptp(episode.xy[:, 0], 0).min() > 0.05
+
+
+def test_a_state_that_cannot_be_read_is_begun_anew_and_one_that_cannot_be_written_is_told(
+    tmp_path: Path, coco_folder: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = tmp_path / ".a.state" / "state.safetensors"
+    state.parent.mkdir()
+    state.write_bytes(b"cut short")
+    monkeypatch.setattr("kptllm_core.loop.SAVE_EVERY", 0.0)
+    saves: list[int] = []
+
+    def full(self: Loop, real: Any = Loop.save) -> None:
+        saves.append(self.step)
+        if self.step == 1:
+            raise OSError(28, "No space left on device")
+        real(self)
+
+    monkeypatch.setattr(Loop, "save", full)
+    metrics = train_adapter(tiny_model, [coco_folder], tmp_path / "a", steps=2, recipe=adapt(), resume=True)
+    assert (metrics["steps"], metrics["resumed"]) == (2, False) and saves[0] == 1
+    assert "training begins anew" in caplog.text and "No space left" in caplog.text
+    with pytest.raises(FileNotFoundError):
+        write_tensors({"a": torch.zeros(1)}, tmp_path / "nowhere" / "a.safetensors")

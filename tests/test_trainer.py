@@ -67,6 +67,16 @@ def test_preparing_writes_folders_that_train_by_hand_could_use(tmp_path: Path) -
     assert Round(folder).prepare() == skipped and not (folder / "train" / "annotations.json").exists(), "done once"
 
 
+def test_an_object_with_a_point_far_outside_its_image_is_left_out(tmp_path: Path) -> None:
+    folder = a_round(tmp_path, {"train": [picture(1), picture(2)], "heldout": [picture(3), picture(4)]})
+    asked = read_json(folder / "run.json")
+    asked["heldout"][0]["keypoints"]["xy"][0] = [999, 2]
+    write_json(folder / "run.json", asked)
+    (skipped,) = Round(folder).prepare()
+    assert skipped["image"] == asked["heldout"][0]["image"] and "far outside" in skipped["message"]
+    assert len(load_coco(folder / "heldout").samples) == 1 and len(load_coco(folder / "train").samples) == 2
+
+
 def test_a_round_without_a_readable_image_fails_with_the_reason(tmp_path: Path) -> None:
     folder = a_round(tmp_path, {"train": [b"damaged"], "heldout": [picture(3)]})
     assert run(folder, lambda: False) == FAILED
