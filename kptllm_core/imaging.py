@@ -110,11 +110,14 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's 1…8: how the pixels are to be turned once they are loaded. Those of a TIFF, and its size, are turned by then."""
+    """EXIF's 1…8: how the pixels are to be turned once they are loaded. Those of a TIFF, and its size, are turned by then. What XMP says, which
+    Pillow would take where EXIF says nothing, no browser heeds."""
     if image.format == "TIFF":
         return 1
     try:
-        return int(image.getexif().get(0x0112, 1))
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+        return int(exif.get(0x0112, 1))
     except Exception:  # noqa: BLE001 - a broken EXIF block is no reason to refuse an image
         return 1
 

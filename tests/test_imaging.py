@@ -127,6 +127,14 @@ def test_an_image_is_turned_whatever_else_its_exif_holds() -> None:
     assert image_size(data) == (40, 80) and read_image(data).shape == (80, 40, 3)
 
 
+@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
+def test_an_orientation_in_xmp_alone_turns_nothing(form: str) -> None:
+    packet = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(Image.new("RGB", (80, 40)), form, xmp=packet)
+    assert Image.open(io.BytesIO(data)).getexif().get(0x0112) == 6, "else there is nothing to guard against"
+    assert image_size(data) == (80, 40) and read_image(data).shape == (40, 80, 3)
+
+
 def test_whatever_pillow_raises_on_damaged_bytes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def mangled(self: object) -> None:
         raise TypeError("'str' object cannot be interpreted as an integer")
