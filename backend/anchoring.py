@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from backend.matching import distances, pair_up, size_of
 from label_config.annotations import LabelledObject
 
 SAMPLES = 2000  # of the bootstrap
-ENOUGH = 5  # images of a kind below which no difference is told
+ENOUGH = 5  # groups of a kind below which no difference is told
 
 
 def is_unaided(project: str, task: int, share: float) -> bool:
@@ -57,21 +57,19 @@ class Look:
         return cls(task, withheld, np.array(gaps), seconds) if gaps else None
 
 
-def anchoring(looks: Sequence[Look], tolerance: float) -> dict[str, Any]:
-    """Both kinds of images, and what they differ in, with 95 % intervals (bootstrap over images).
+def anchoring(looks: Sequence[Look], tolerance: float, groups: Mapping[int, str]) -> dict[str, Any]:
+    """Both kinds of images, and what they differ in, with 95 % intervals (bootstrap over groups: images of one video or subject are
+    no independent samples). groups: task → its group (`Task.group`).
 
     `difference` is withheld minus shown: positive when people stay nearer to a prediction that they see. `near` is the share of
-    points within the tolerance. None where one kind has fewer than ENOUGH images.
+    points within the tolerance. None where one kind has fewer than ENOUGH groups.
     """
     shown, withheld = [x for x in looks if not x.withheld], [x for x in looks if x.withheld]
     difference = None
-    if min(len(shown), len(withheld)) >= ENOUGH:
+    if min(len({groups[x.task] for x in kind}) for kind in (shown, withheld)) >= ENOUGH:
         difference = {
-            "distance": _difference([float(x.gaps.mean()) for x in withheld], [float(x.gaps.mean()) for x in shown]),
-            "near": _difference(
-                [float((x.gaps <= tolerance).mean()) for x in withheld],
-                [float((x.gaps <= tolerance).mean()) for x in shown],
-            ),
+            "distance": _difference(withheld, shown, lambda x: float(x.gaps.mean()), groups),
+            "near": _difference(withheld, shown, lambda x: float((x.gaps <= tolerance).mean()), groups),
         }
     return {
         "tolerance": tolerance,
@@ -95,21 +93,29 @@ def _figures(looks: Sequence[Look], tolerance: float) -> dict[str, Any]:
     }
 
 
-def _difference(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Mean of `one` minus mean of `other`, with its 95 % interval."""
+def _difference(one: Sequence[Look], other: Sequence[Look], figure: Callable[[Look], float], groups: Mapping[int, str]) -> dict[str, float]:
+    """Mean of a figure over `one` minus that over `other`, with its 95 % interval."""
     rng = np.random.default_rng(0)
-    a, b = np.array(one), np.array(other)
-    drawn = a[rng.integers(0, len(a), (SAMPLES, len(a)))].mean(1) - b[rng.integers(0, len(b), (SAMPLES, len(b)))].mean(
-        1
-    )
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    figures = {"mean": float(a.mean() - b.mean()), "low": float(low), "high": float(high)}
-    return {key: round(value, 4) for key, value in figures.items()}
+
+    def means(looks: Sequence[Look]) -> np.ndarray:
+        """(1 + SAMPLES,) over the images of all groups, then over those of as many groups, drawn anew each time."""
+        group = np.unique([groups[x.task] for x in looks], return_inverse=True)[1]
+        total, images = np.bincount(group, [figure(x) for x in looks]), np.bincount(group)
+        drawn = np.vstack([np.arange(len(images)), rng.integers(0, len(images), (SAMPLES, len(images)))])
+        found: np.ndarray = total[drawn].sum(1) / images[drawn].sum(1)
+        return found
+
+    difference = means(one) - means(other)
+    low, high = np.quantile(difference[1:], [0.025, 0.975])
+    return {key: round(float(value), 4) for key, value in {"mean": difference[0], "low": low, "high": high}.items()}
 
 
 def _said(difference: dict[str, dict[str, float]] | None, withheld: int) -> str:
     if difference is None:
-        return f"{withheld} images were labelled without a prediction to see; {ENOUGH} of each kind are needed to tell a difference."
+        return (
+            f"{withheld} images were labelled without a prediction to see; {ENOUGH} of each kind, of different videos or subjects, "
+            "are needed to tell a difference."
+        )
     gap = difference["distance"]
     if gap["low"] > 0:
         return (

@@ -10,9 +10,10 @@ import atexit
 import hmac
 import json
 import logging
+import re
 import threading
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from flask import Blueprint, Flask, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import HTTPException
@@ -21,7 +22,7 @@ from backend import current, prelabel, webhooks
 from backend.connect import SECRET_HEADER
 from backend.insight_routes import insight
 from backend.intake import project_of
-from backend.judge_routes import judging
+from backend.judge_routes import PICTURE_PLACES, judging
 from backend.keeper import Keeper
 from backend.model import KptLLMBackend
 from backend.page import POLICY, error_page, is_page, pages
@@ -37,7 +38,14 @@ log = logging.getLogger(__name__)
 MAX_BODY = 64 * 2**20  # bytes; all tasks of a project come in one /predict
 BUTTON_BYTES = 4 * 2**20  # what Label Studio sends when its button is pressed: the project, with its label config
 KEPT_FREE = 3  # threads that no prediction takes, so that /health, /setup and /webhook are answered at once
+PRIVATE_NAMES = (".localhost", ".local", ".internal")  # that nobody can register
 wire = Blueprint("wire", __name__)
+
+
+class Forbidden(KptError):
+    """What no login would change: a browser must not be made to ask for one."""
+
+    code, status = "forbidden", 403
 
 
 def create_app(services: Services) -> Flask:
@@ -47,6 +55,7 @@ def create_app(services: Services) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.extensions["services"], app.extensions["rounds"] = KptLLMBackend.connect(services)
     app.extensions["places"] = threading.BoundedSemaphore(max(services.settings.web_threads - KEPT_FREE, 1))
+    app.extensions["picture_places"] = threading.BoundedSemaphore(PICTURE_PLACES)
     app.register_blueprint(wire)
     app.register_blueprint(wire, name="project", url_prefix="/projects/<project>")
     app.register_blueprint(judging)
@@ -231,7 +240,7 @@ def prelabel_cancel(project: str | None = None) -> Response:
 def admit() -> None:
     """Basic auth where it is configured, on everything but /health; the secret header on webhooks; no foreign pages' forms."""
     settings = current.services().settings
-    _refuse_foreign_pages()
+    _refuse_foreign_pages(settings)
     endpoint = str(request.endpoint or "")
     if endpoint.endswith(".health") or (settings.basic_auth_user and _basic_auth_fits(settings)):
         return
@@ -277,18 +286,33 @@ def _basic_auth_fits(settings: Settings) -> bool:
     return right_user and right_word
 
 
-def _refuse_foreign_pages() -> None:
-    """A browser sends along its login also when another site's page makes it post here."""
-    origin = request.headers.get("Origin")
-    if request.method == "POST" and origin is not None and not _same_host(origin):
-        raise Unauthorized(f"A page of {origin[:100]} may not post here.")
+def _refuse_foreign_pages(settings: Settings) -> None:
+    """A browser sends along its login also when another site's page makes it post here. Where there is no login, that page may also
+    lead the name of its own host to this machine (DNS rebinding): so nobody may call us by a name that a stranger can have."""
+    origin, public = request.headers.get("Origin"), _address(settings.public_url)
+    if request.method != "POST" or origin is None:  # no browser: Label Studio may call us by any name
+        return
+    here = _address("//" + request.headers.get("Host", ""))
+    if _address(origin).netloc not in {here.netloc, public.netloc} - {""}:
+        raise Forbidden(
+            f"A page of {origin[:100]} may not post here. If it is this backend's own page, behind a proxy, set PUBLIC_URL to its address "
+            "in the browser, and restart the backend."
+        )
+    name = here.hostname or ""
+    ours = "." not in name or name.endswith(PRIVATE_NAMES) or name in (settings.host.lower(), public.hostname)
+    if not (settings.basic_auth_user or ours or re.fullmatch(r"[0-9.]+", name)):
+        raise Forbidden(
+            f"The backend has no login, and so takes nothing that is sent to the name {name[:100]}, which might be a stranger's. If it is "
+            f"the backend's, set PUBLIC_URL to http://{name[:100]}, or BASIC_AUTH_USER and BASIC_AUTH_PASS, and restart it."
+        )
 
 
-def _same_host(origin: str) -> bool:
+def _address(url: str) -> SplitResult:
+    """The parts of an address, in small letters; all empty for what is none."""
     try:
-        return urlsplit(origin).netloc == request.host
-    except ValueError:  # no address at all
-        return False
+        return urlsplit(url.lower())
+    except ValueError:
+        return urlsplit("")
 
 
 def _body() -> dict[str, Any]:
@@ -381,6 +405,8 @@ def _told(error: KptError) -> tuple[Response, int]:
     response = Response(error_page(error)) if is_page() else jsonify(error=error.to_json())
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = 'Basic realm="keypoint backend", charset="UTF-8"'
+    if "retry_after" in error.details:  # seconds
+        response.headers["Retry-After"] = str(error.details["retry_after"])
     if error.status >= 500:
         log.error("%s %s: %s", request.method, request.path, error.message)
     return response, error.status

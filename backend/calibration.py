@@ -1,6 +1,6 @@
 """How often is the model right when it says that it is sure? A monotone map from its score to that share, and its diagram.
 
-Pure functions of (score, hit, image). A *hit* is a predicted point that a person would not move: within the tolerance of the
+Pure functions of (score, hit, group). A *hit* is a predicted point that a person would not move: within the tolerance of the
 effort meter. The map is isotonic regression: nothing is assumed but that a higher score means a better point. Few data are
 helped out by a prior, which says what the score itself says.
 """
@@ -90,10 +90,13 @@ def reliability(score: np.ndarray, hit: np.ndarray, bins: int = BINS) -> dict[st
     return {"bins": rows, "points": len(score), "error": None if error is None else round(error, 4)}
 
 
-def cross_validated(score: np.ndarray, hit: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """(N,) calibrated scores, each from a map fitted without its image's fold: what the map is worth on other images."""
+def cross_validated(score: np.ndarray, hit: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """(N,) calibrated scores, each from a map fitted without its group's fold: what the map is worth on other videos or subjects.
+
+    group: (N,) of its image (`Task.group`).
+    """
     score, hit = np.asarray(score, np.float64), np.asarray(hit, np.float64)
-    fold = np.unique(image, return_inverse=True)[1] % FOLDS if len(score) else np.zeros(0, int)
+    fold = np.unique(group, return_inverse=True)[1] % FOLDS if len(score) else np.zeros(0, int)
     found = score.copy()
     for i in range(FOLDS):
         mine = fold == i

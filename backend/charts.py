@@ -100,10 +100,12 @@ def accuracy(status: Json, prequential: Json, agreement: Json) -> Json:
     status: of project_status; the others: the reports of these names.
     """
     trained = {v["round"]: v for v in status["versions"] if v["after"]}
+    round_of = {v["model_version"]: v["round"] for v in status["versions"]}
     rows: dict[int, Json] = {}
     for number, version in trained.items():
-        if not rows and version["before"]:
-            rows[number - 1] = {"round": number - 1, "heldout": _pck(version["before"]), "serves": True}
+        if not rows and version["before"]:  # rounds before it may have failed: what it started from need not be the one before
+            start = round_of.get(version["parent"], 0)
+            rows[start] = {"round": start, "heldout": _pck(version["before"]), "serves": True}
         rows[number] = {"round": number, "heldout": _pck(version["after"]), "serves": version["promoted"]}
     for number, (share, images) in _next_images(prequential["versions"]).items():
         rows.setdefault(number, {"round": number, "heldout": None, "serves": True}).update(next=share, images=images)
@@ -186,7 +188,7 @@ def _pck(figures: Json) -> float | None:
 def _point(row: Json, key: str) -> str:
     said = f"round {row['round']}: {row[key]:.0%} of the points right"
     if key == "next":
-        return f"{said} on {row['images']} images before anyone trained on them"
+        return f"{said}, mean over {row['images']} images before anyone trained on them"
     return f"{said} on held-out images{'' if row['serves'] else '; it was not promoted, or rolled back'}"
 
 

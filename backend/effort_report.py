@@ -60,22 +60,26 @@ def effort(journal: Journal, project: str, tolerance: float) -> dict[str, Any]:
 
 def anchoring_report(journal: Journal, project: str, tolerance: float, share: float) -> dict[str, Any]:
     """How much people lean on what they are shown: images with a prediction against those whose prediction was withheld."""
-    found = [m for m in measured(journal, project, tolerance) if m.look is not None]
-    return {"project": project, "share": share} | anchoring([m.look for m in found if m.look], tolerance)
+    looks = [m.look for m in measured(journal, project, tolerance) if m.look is not None]
+    with journal.reading() as session:
+        known = dict(session.execute(select(Task.task, Task.group).where(Task.project == project)).all())
+    groups = {look.task: known.get(look.task, f"task={look.task}") for look in looks}
+    return {"project": project, "share": share} | anchoring(looks, tolerance, groups)
 
 
 def agreement_report(journal: Journal, project: str) -> dict[str, Any]:
     """Disagreement between people per keypoint, of every control: the floor of the accuracy curve."""
     config = _config(journal, project)
     readings: dict[str, list[Reading]] = {control_key(c): [] for c in config.controls} if config else {}
+    own = (*labelled(project), Annotation.parent_annotation.is_(None), Annotation.completed_by != "")  # no copies, and by somebody
     with journal.reading() as session:
         many = (
             select(Annotation.task)
-            .where(*labelled(project))
+            .where(*own)
             .group_by(Annotation.task)
             .having(func.count(func.distinct(Annotation.completed_by)) > 1)
         )
-        for row in session.scalars(select(Annotation).where(*labelled(project), Annotation.task.in_(many))):
+        for row in session.scalars(select(Annotation).where(*own, Annotation.task.in_(many))):
             task = session.get(Task, (project, row.task))
             for control in config.controls if config else ():
                 facts = task.files.get(task.images.get(control.image_key, ""), {}) if task else {}

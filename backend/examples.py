@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from kptllm_core.keypoints import KeypointSet
-from label_config.annotations import is_turned, said_size
+from label_config.annotations import is_turned, told_size
+from label_config.schema import KeypointControl
 
 
-def frozen(url: str, points: KeypointSet, result: list[Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+def frozen(control: KeypointControl, url: str, points: KeypointSet, result: list[Any], facts: Mapping[str, Any]) -> dict[str, Any]:
     """What versions.support_entries keeps of one control. facts: of the image (`Task.files`), as far as they are known."""
-    told = (size for region in result if isinstance(region, dict) and (size := said_size(region)))
-    size = (facts["width"], facts["height"]) if "width" in facts else next(told, None)
+    size = (facts["width"], facts["height"]) if "width" in facts else told_size(control, result)
     return {"image": url, "keypoints": points.to_json(), "size": size and list(size)}
 
 

@@ -22,7 +22,7 @@ from backend.services import Services
 from backend.settings import Settings
 from kptllm_core.errors import InvalidInput, KptError
 from kptllm_core.imaging import image_size
-from label_config.annotations import ReadResult, read_result
+from label_config.annotations import DrawnBox, ReadResult, read_result, told_size
 from label_config.schema import KeypointControl, LabelConfig, parse
 
 
@@ -30,15 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command. Everything else comes from the backend's environment variables."""
     parser.description = (
         "Writes what people labelled in a Label Studio project as COCO keypoints: every object with its own box and points, in the order of "
-        "model_index. Of several annotations of a task the ground truth counts, else the newest. Needs the same environment variables as "
-        "the backend."
+        "model_index; boxes with several labels become as many categories. Of several annotations of a task the ground truth counts, else the "
+        "newest. Needs the same environment variables as the backend."
     )
     parser.add_argument("path", type=Path, help="the JSON file to write; images are named as Label Studio's own exports name them")
     parser.add_argument("--project", type=int, required=True, help="the project's number, as in /projects/7/")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when all labels were written, 1 when some are not clear; those are told."""
+    """0 when all labels were written, 1 when some, or the sizes of their images, are not clear; those are told."""
     part = args.path.with_name(f"{args.path.name}.part")
     try:
         args.path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +55,12 @@ def run(args: argparse.Namespace) -> int:
         images = list(labelled_images(services, args.project, config, problems))
     finally:
         services.journal.close()
-    categories = {kind: (list(c.labels), list(c.schema.skeleton)) for kind, c in _kinds(config).items()}
+    categories = {name: (list(c.labels), list(c.schema.skeleton)) for name, c in _categories(_kinds(config), images).items()}
     part.write_text(json.dumps(coco_of(categories, images)), encoding="utf-8")
     part.replace(args.path)
     print(f"{args.path}: {len(images)} images with {sum(len(image.things) for image in images)} objects.")
+    if len(config.controls) > 1 and any(c.box and len(c.box.labels) > 1 for c in config.controls):
+        print("– The labels of boxes are not written: with several KeyPointLabels a category says whose points an object has.")
     for problem in problems:
         print(f"– {problem}.")
     return 1 if problems else 0
@@ -69,6 +71,7 @@ def labelled_images(services: Services, project: int, config: LabelConfig, probl
     in words."""
     controls = _kinds(config)
     taken: dict[str, str] = {}  # name → address
+    unseen: list[str] = []  # images of which only the annotation tells the size
     for task in services.label_studio.tasks(project, annotated=True):
         number = int(task["id"])
         rows = [annotation_row(str(project), a, number, config) for a in task.get("annotations") or []]
@@ -84,10 +87,14 @@ def labelled_images(services: Services, project: int, config: LabelConfig, probl
                 continue
             try:
                 if url not in sizes:
-                    sizes[url] = _size(result, control) or image_size(services.images.fetch(url, number))
+                    sizes[url] = image_size(services.images.fetch(url, number))
             except KptError as error:
-                problems.append(f"task {number}: the size of its image is not to be had, so it is left out: {error.message}")
-                continue
+                told = told_size(control, result)
+                if told is None:
+                    problems.append(f"task {number}: the size of its image is not to be had, so it is left out: {error.message}")
+                    continue
+                sizes[url] = told
+                unseen.append(f"task {number}: {error.message.rstrip('.')}")
             read.setdefault(url, {})[kind] = read_result(control, result, *sizes[url])
             problems += [f"task {number}: {problem}" for problem in read[url][kind].problems]
         for url, kinds in read.items():
@@ -96,6 +103,8 @@ def labelled_images(services: Services, project: int, config: LabelConfig, probl
             names = chain((path.name, str(path), f"{number}-{path.name}"), (f"{number}-{i}-{path.name}" for i in count(2)))
             name = next(n for n in names if taken.setdefault(n, url) == url)
             yield LabelledImage(name, tuple(_things(kinds, controls)), size=sizes[url])
+    if unseen:
+        problems.append(f"{len(unseen)} images could not be fetched, so the sizes that their annotations state were taken, for example {unseen[0]}")
 
 
 def _path(url: str) -> PurePosixPath:
@@ -109,25 +118,33 @@ def _kinds(config: LabelConfig) -> dict[str, KeypointControl]:
     return {k if kinds.count(k) == 1 else f"{k} ({c.from_name})": c for k, c in zip(kinds, config.controls, strict=True)}
 
 
-def _size(result: list[Any], control: KeypointControl) -> tuple[int, int] | None:
-    """Width and height of the control's image as its regions tell them; None without regions."""
-    for region in result:
-        if isinstance(region, dict) and region.get("to_name") == control.to_name:
-            size = region.get("original_width"), region.get("original_height")
-            if all(isinstance(v, (int, float)) and v >= 1 for v in size):
-                return int(size[0]), int(size[1])  # type: ignore[arg-type]
-    return None
+def _box_labels(controls: dict[str, KeypointControl]) -> tuple[str, ...]:
+    """The labels of boxes, where these are the categories: of the only control, if it has several. Of several controls `import` tells by
+    the category which one an object belongs to."""
+    found = [c.box.labels for c in controls.values() if c.box]
+    return found[0] if found and len(controls) == 1 and len(found[0]) > 1 else ()
+
+
+def _categories(controls: dict[str, KeypointControl], images: list[LabelledImage]) -> dict[str, KeypointControl]:
+    """Every category → control. Beside the labels of boxes the control's own is there only if an object without such a label is."""
+    labels, used = _box_labels(controls), {thing.category for image in images for thing in image.things}
+    return {name: c for kind, c in controls.items() for name in (*labels, kind) if not labels or name in labels or name in used}
 
 
 def _things(kinds: dict[str, ReadResult], controls: dict[str, KeypointControl]) -> Iterator[LabelledThing]:
     """The objects of one image. A box that several kinds may use is an object by itself only where none of them has points in it."""
     held = {found.box.region_id for read in kinds.values() for found in read.objects if found.box}
+    labels = _box_labels(controls)
+
+    def category(kind: str, box: DrawnBox | None) -> str:
+        return box.label if box and box.label in labels else kind
+
     for kind, read in kinds.items():
         for found in read.objects:
             rows = zip(controls[kind].labels, found.keypoints.xy.astype(float), found.keypoints.visibility, found.keypoints.placed, strict=True)
             points = {label: LabelledPoint(float(xy[0]), float(xy[1]), int(v)) for label, xy, v, placed in rows if placed}
-            yield LabelledThing(points, _four(found.box.box) if found.box else None, kind)
-        yield from (LabelledThing({}, _four(box.box), kind) for box in read.boxes if box.region_id not in held)
+            yield LabelledThing(points, _four(found.box.box) if found.box else None, category(kind, found.box))
+        yield from (LabelledThing({}, _four(box.box), category(kind, box)) for box in read.boxes if box.region_id not in held)
         held |= {box.region_id for box in read.boxes}
 
 

@@ -2,7 +2,8 @@
 
 Each image of a data set is matched with a task by its name; where there is none, one is made. May be interrupted and run again:
 an annotation carries an id that follows from its project and image, which Label Studio takes only once, and the ids of its regions
-follow from them, too, so that a second run finds what is there.
+follow from them, too, so that a second run finds what is there. Where another task has that id (of an image with the same name in
+another data set), it follows from the task as well.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from urllib.parse import quote
 import numpy as np
 
 from backend.formats.labels import OCCLUDED, LabelledImage, LabelledSet, LabelledThing
-from backend.import_match import Matcher, image_files, is_unique, not_unique, upload_name
+from backend.import_match import Matcher, image_files, is_image, is_unique, not_unique, upload_name
 from backend.import_names import Target
 from backend.intake import control_key
 from backend.services import Services
@@ -27,7 +28,7 @@ from backend.transport import Json
 from kptllm_core.errors import InvalidInput, KptError
 from kptllm_core.imaging import image_size
 from kptllm_core.keypoints import KeypointSet, Visibility
-from label_config.regions import to_regions
+from label_config.regions import box_region, to_regions
 from label_config.schema import LabelConfig
 
 NAMESPACE = uuid.UUID("5c6ae2f0-9c0e-5a27-8b0c-3f6f5c1f7a52")
@@ -68,7 +69,7 @@ class Importer:
         self.project, self.config, self.targets = project, config, targets
         self.image_url, self.even_labelled, self.progress = image_url, even_labelled, progress
         self.shared = not_unique(labels.images)
-        files = self._files(images)
+        files = self._files(images, labels)
         self.labels = [self._with_file(image, files) for image in labels.images]
         self.shared = not_unique(self.labels)
         self.urls: dict[int, str] = {}  # task → its image
@@ -91,15 +92,14 @@ class Importer:
                 if not annotation.get("was_cancelled"):
                     labelled.add(number)
                 regions.update({str(r["id"]): number for r in annotation.get("result") or [] if isinstance(r, dict) and "id" in r})
-        matcher = Matcher(self.urls.items())
+        matcher = Matcher(self.urls.items(), self.labels)
         for image in self.labels:
-            if next(region_ids(self.project, image)) in regions:
-                plan.there += 1
-                continue
             found, why = matcher.find(image, is_unique(image, self.shared))
             task_id = found if isinstance(found, int) else None
             if why:
                 plan.left_out[image.shown] = why
+            elif self._is_there(image, task_id, regions):
+                plan.there += 1
             elif task_id is None:
                 self._plan_new(plan, image)
             elif task_id in plan.annotate:
@@ -110,20 +110,35 @@ class Importer:
                 plan.annotate[task_id] = image
         return plan
 
+    def _is_there(self, image: LabelledImage, task: int | None, regions: dict[str, int]) -> bool:
+        """Whether an earlier run brought it to its task; where its name finds none (any more), to any. Frames of a CSV had no name in earlier
+        versions. regions: id → task."""
+        if task is None:
+            return next(region_ids(self.project, image)) in regions
+        earlier = [image, replace(image, name="")] if image.frame is not None else [image]
+        firsts = [next(region_ids(self.project, one, also)) for one in earlier for also in (None, task)]
+        return any(regions.get(first) == task for first in firsts)
+
     def _plan_new(self, plan: Plan, image: LabelledImage) -> None:
-        if image.path is not None or (self.image_url and image.frame is None and image.name):
+        name = _name_in_url(image)
+        if self.image_url and name and not is_image(name):
+            plan.left_out[image.shown] = (
+                f"no task shows it, and '{name}' does not end as images do, so --image-url makes no address of it (--images FOLDER alone uploads "
+                "its file)"
+            )
+        elif name if self.image_url else image.path:
             plan.create.append(image)
         else:
             plan.left_out[image.shown] = "no task shows it, and its file is not there (--images FOLDER names where the images are)"
 
     @staticmethod
-    def _files(folder: Path | None) -> Matcher | None:
+    def _files(folder: Path | None, labels: LabelledSet) -> Matcher | None:
         if folder is None:
             return None
         files = image_files(folder)
         if not files:
             raise InvalidInput(f"--images {folder}: there is no image below that folder.")
-        return Matcher((file, file.as_posix()) for file in files)
+        return Matcher(((file, quote(f"{folder.name}/{file.relative_to(folder).as_posix()}")) for file in files), labels.images)
 
     def _with_file(self, image: LabelledImage, files: Matcher | None) -> LabelledImage:
         if files is None or image.path is not None:
@@ -141,7 +156,7 @@ class Importer:
         made = 0
         for done, (number, image) in enumerate(todo.items(), 1):
             try:
-                made += self._annotate(number, image)
+                made += self._annotate(number, image, is_new=number not in plan.annotate)
             except KptError as error:
                 if error.status >= 500 or error.status == 401:
                     raise  # Label Studio is down or refuses: the others would fare no better
@@ -154,7 +169,7 @@ class Importer:
         """(task, image) of the tasks that are made."""
         if self.image_url:
             key = next(iter(self.targets.values())).control.image_key
-            tasks = [{"data": {key: self.image_url.rstrip("/") + "/" + quote(image.name)}} for image in plan.create]
+            tasks = [{"data": {key: self.image_url.rstrip("/") + "/" + quote(_name_in_url(image))}} for image in plan.create]
             for at in range(0, len(tasks), 100):
                 numbers = self.label_studio.import_tasks(self.project, tasks[at : at + 100])
                 for number, task, image in zip(numbers, tasks[at : at + 100], plan.create[at : at + 100], strict=True):
@@ -179,44 +194,64 @@ class Importer:
             done += len(chunk)
             self.progress("new tasks", done, len(plan.create))
 
-    def _annotate(self, task: int, image: LabelledImage) -> bool:
+    def _annotate(self, task: int, image: LabelledImage, is_new: bool) -> bool:
         """Whether an annotation was made now; False if Label Studio has it already. Raises InvalidInput for what cannot be placed."""
-        result = regions_of(self.project, image, self._size(task, image), self.targets, self.notes)
-        try:
-            self.label_studio.annotate(task, result, unique_id=str(annotation_id(self.project, image)))
-        except KptError as error:
-            if error.details.get("label_studio_status") == 409:
-                return False
-            raise
-        return True
+        size = self._size(task, image, is_new)
+        for also in (None, task):
+            result = regions_of(self.project, image, size, self.targets, Counter() if also else self.notes, also)
+            try:
+                self.label_studio.annotate(task, result, unique_id=str(annotation_id(self.project, image, also)))
+            except KptError as error:
+                if error.details.get("label_studio_status") != 409:
+                    raise
+                if self._holds(task, result):
+                    return False
+            else:
+                return True
+        return False
 
-    def _size(self, task: int, image: LabelledImage) -> tuple[int, int]:
-        """Width and height of the image as it is shown: of the file, else of what the task's address gives."""
-        if image.path is not None:
-            return image_size(image.path.read_bytes())
+    def _holds(self, task: int, result: list[Json]) -> bool:
+        """Whether an annotation of the task has one of these regions."""
+        ids = {region["id"] for region in result}
+        annotations = [a for found in self.label_studio.tasks(self.project, ids=[task]) for a in found.get("annotations") or []]
+        return any(r.get("id") in ids for a in annotations for r in a.get("result") or [] if isinstance(r, dict))
+
+    def _size(self, task: int, image: LabelledImage, is_new: bool) -> tuple[int, int]:
+        """Width and height of the image as it is shown: of the file, else of what the task's address gives. Raises InvalidInput where these
+        differ in shape: then the task, unless it `is_new`, shows another picture."""
+        own = None if image.path is None else image_size(image.path.read_bytes())
+        if own and is_new:
+            return own
         try:
-            return image_size(self.services.images.fetch(self.urls.get(task), task))
+            shown = image_size(self.services.images.fetch(self.urls.get(task), task))
         except KptError as error:
+            if own:
+                return own
             if image.size is None:
                 raise InvalidInput(f"its size is not known: {error.message}") from None
             self.notes["images could not be fetched; the size that the data set states was taken"] += 1
             return image.size
+        if own:
+            _scale(LabelledImage(image.name, (), size=own), shown)
+        return own or shown
 
 
 def regions_of(
-    project: int, image: LabelledImage, size: tuple[int, int], targets: dict[str, Target], notes: Counter[str]
+    project: int, image: LabelledImage, size: tuple[int, int], targets: dict[str, Target], notes: Counter[str], task: int | None = None
 ) -> list[Json]:
-    """The annotation's result for an image of `size`. Raises InvalidInput where the labels do not fit it; counts remarks in `notes`."""
+    """The annotation's result for an image of `size`. Raises InvalidInput where the labels do not fit it; counts remarks in `notes`.
+    task: as in annotation_id."""
     things = [(thing, targets[thing.category]) for thing in image.things]
     per_control: dict[str, list[tuple[LabelledThing, Target]]] = {}
     for thing, target in things:
         per_control.setdefault(control_key(target.control), []).append((thing, target))
     scale = _scale(image, size)
-    ids = region_ids(project, image)
+    ids = region_ids(project, image, task)
     result: list[Json] = []
     for members in per_control.values():
         control = replace(members[0][1].control, add_bboxes=True, score_threshold=0.0, point_threshold=0.0)
         placed = [(_keypoints(thing, target, size, scale, notes), target.box_label) for thing, target in members]
+        boxes = [(points, label) for points, label in placed if points.box is not None and not points.placed.any()]
         placed = [(points, label) for points, label in placed if points.placed.any()]
         if control.box is None and len(placed) > 1:
             raise InvalidInput(
@@ -224,6 +259,13 @@ def regions_of(
                 f'(<RectangleLabels name="{control.from_name}_bbox" toName="{control.to_name}"><Label value="object"/></RectangleLabels>)'
             )
         result += to_regions(control, [p for p, _ in placed], *size, new_id=lambda: next(ids), box_labels=[label for _, label in placed])
+        if control.box is not None:
+            alone = [box_region(control, points, label, 1.0, *size, lambda: next(ids)) for points, label in boxes]
+            result += [region for region in alone if region]
+            if None in alone:
+                notes["boxes lie outside their image and were left out"] += alone.count(None)
+        elif boxes:
+            notes[f"objects have a box and no point, and were left out, since no box control goes with '{control.from_name}'"] += len(boxes)
     if not result:
         raise InvalidInput("none of its points can be placed")
     return [{k: v for k, v in region.items() if k != "score"} | {"origin": "manual"} for region in result]
@@ -259,6 +301,9 @@ def _keypoints(
             continue
         xy[at] = np.clip(place, 0.0, bounds)
         visibility[at] = Visibility.OCCLUDED if point.visibility == OCCLUDED else Visibility.VISIBLE
+        if visibility[at] == Visibility.OCCLUDED and target.control.occluded is None:
+            notes["hidden points became visible ones, since the label config has no per-region Choices for them "
+                  '(<Choices name="hidden" toName="…" perRegion="true"><Choice value="occluded"/></Choices>)'] += 1  # fmt: skip
     box = None
     if thing.box is not None:
         box = np.array(thing.box) * np.array([*scale, *scale])
@@ -272,14 +317,22 @@ def _keypoints(
     return KeypointSet(names, xy, visibility, box=box)
 
 
-def annotation_id(project: int, image: LabelledImage) -> uuid.UUID:
-    """The same for the same image in the same project, whenever it is imported."""
-    return uuid.uuid5(NAMESPACE, f"{project}/{image.name}" + ("" if image.frame is None else f"#{image.frame}"))
+def _name_in_url(image: LabelledImage) -> str:
+    """What follows --image-url: the image's name, of a frame that of its file; "" if it has none."""
+    if image.frame is None:
+        return image.name
+    return "" if image.path is None else image.path.name
 
 
-def region_ids(project: int, image: LabelledImage) -> Iterator[str]:
-    """Ids of an image's regions, one after the other."""
-    seed, number = annotation_id(project, image).hex, 0
+def annotation_id(project: int, image: LabelledImage, task: int | None = None) -> uuid.UUID:
+    """The same for the same image in the same project, whenever it is imported. task: where another one has that id, the image's own."""
+    place = f"{project}/{image.name}" + ("" if image.frame is None else f"#{image.frame}")
+    return uuid.uuid5(NAMESPACE, place if task is None else f"{place}@{task}")
+
+
+def region_ids(project: int, image: LabelledImage, task: int | None = None) -> Iterator[str]:
+    """Ids of an image's regions, one after the other. task: as in annotation_id."""
+    seed, number = annotation_id(project, image, task).hex, 0
     while True:
         yield hashlib.sha256(f"{seed}/{number}".encode()).hexdigest()[:10]
         number += 1

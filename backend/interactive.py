@@ -63,6 +63,7 @@ class Drawing:
     origins: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, np.ndarray] = field(default_factory=dict)  # name → where a person put it
     kept: set[str] = field(default_factory=set)  # of these, what stands on the page, and stays as it is
+    hidden: set[str] = field(default_factory=set)  # what is marked as occluded on the page
     absent: str | None = None  # a negative click: the object has none
     clicked: np.ndarray | None = None
     around: np.ndarray | None = None  # (4,) a second place to look for the object
@@ -158,6 +159,8 @@ class Drawing:
                 continue
             region, origin = page[region_id], held.origins[i] or "manual"
             self.ids[name], self.origins[name] = region_id, origin
+            if points.visibility[i] == Visibility.OCCLUDED:
+                self.hidden.add(name)
             if origin != "prediction":
                 self.fixed[name] = points.xy[i]
                 if "is_positive" not in region and (box is None or region.get("parentID")):
@@ -175,7 +178,8 @@ class Drawing:
         xy, visibility, score = points.xy.copy(), points.visibility.copy(), points.score.copy()
         for i, point in enumerate(names):
             if point in self.fixed:
-                xy[i], visibility[i], score[i] = self.fixed[point], Visibility.VISIBLE, 1.0
+                xy[i], score[i] = self.fixed[point], 1.0
+                visibility[i] = Visibility.OCCLUDED if point in self.hidden else Visibility.VISIBLE
             elif point == self.absent:
                 visibility[i] = Visibility.ABSENT
         box = self.box if self.box_region else None  # where nobody drew one, it is the hull of the points

@@ -27,7 +27,7 @@ from backend.database import Turn, make_engines, parts, unavailable, worth_repea
 from backend.held_out import regroup
 from backend.intake import names_of, names_since, reading
 from backend.migrate import bring_up_to_date
-from backend.tables import Annotation, Base, Event, Fact, Look, Project, Task, Version
+from backend.tables import Annotation, Base, Event, Fact, Look, Predicted, Project, Task, Version
 from backend.versions import (
     advance,
     candidates_of,
@@ -36,6 +36,7 @@ from backend.versions import (
     freeze,
     lock_project,
     newest_annotation,
+    promote,
     recount,
     serve,
     sizes_missing,
@@ -140,6 +141,9 @@ class Journal:
             row.title = row.title if title is None else title
             changed = row.config_hash != config.hash
             names = names_of(config)
+            if names != row.names:  # what predictions were worth is measured anew, by the points that are asked for now
+                judged = (Predicted.project == project, Predicted.judged.is_not(None))
+                session.execute(update(Predicted).where(*judged).values(judged=None, figures=None))
             row.names_since = names_since(row.names, row.names_since or {}, names, newest_annotation(session))
             row.label_config, row.config_hash, row.names = label_config, config.hash, names
             if changed:
@@ -194,8 +198,7 @@ class Journal:
             problem = cannot_serve(session, row, version)
             if problem:
                 raise Conflict(f"'{name}' {problem}.")
-            version.promoted, version.reason = True, f"{version.reason} {reason}".strip()[-2000:]
-            serve(session, row, version, reason)
+            promote(session, row, version, reason)
             return version
 
         return self.write(change)
@@ -273,11 +276,12 @@ class Journal:
         return sum(self.write(partial(change, part=part)) for part in parts(annotations))
 
     def delete_tasks(self, project: str, tasks: list[int]) -> int:
-        """Tasks that were deleted take their annotations with them. Returns how many annotations that were."""
+        """Tasks that were deleted take their annotations and predictions with them. Returns how many annotations that were."""
 
         def change(session: Session, part: list[int]) -> list[int]:
             session.execute(update(Task).where(Task.project == project, Task.task.in_(part)).values(deleted=True))
-            session.execute(delete(Look).where(Look.project == project, Look.task.in_(part)))
+            for of_task in (Look, Predicted):  # also of tasks that were never labelled, of which there is no other row
+                session.execute(delete(of_task).where(of_task.project == project, of_task.task.in_(part)))
             found = select(Annotation.annotation).where(
                 Annotation.project == project, Annotation.task.in_(part), Annotation.current, ~Annotation.deleted
             )

@@ -6,7 +6,7 @@
     POST /compare?a=&b=&limit=             make the predictions that this lacks
     GET  /tasks/<task>/image?control=&side=    a task's image as a small JPEG
     GET  /jobs                             all rounds, the newest first
-    POST /rollback                         serve the version before again
+    POST /rollback                         serve the version before again. {"from": version}: only if this one serves now
     POST /versions/<version>/pin, /unpin   serve this one whatever comes; serve what is better again
 
 Each also answers below /projects/<id>; without it, the project is named by ?project=.
@@ -14,15 +14,19 @@ Each also answers below /projects/<id>; without it, the project is named by ?pro
 
 from __future__ import annotations
 
-from flask import Blueprint, Response, jsonify, request
+from typing import Any
+
+from flask import Blueprint, Response, current_app, jsonify, request
 
 from backend import compare, current, serving, status
 from backend.intake import id_of, project_of
 from backend.pictures import LONGEST, task_picture
 from backend.prequential import report
-from kptllm_core.errors import InvalidInput
+from kptllm_core.errors import InvalidInput, Unavailable
 
 judging = Blueprint("judging", __name__)
+PICTURE_PLACES = 2  # pictures that a process makes at a time: whoever looks at many must not take all its threads
+MOMENT, RETRY_AFTER = 2.0, 3  # seconds that a picture waits for a place, and after which it may be asked for again
 
 
 @judging.get("/prequential")
@@ -49,9 +53,14 @@ def ask_for_both(project: str | None = None) -> tuple[Response, int]:
 
 @judging.get("/tasks/<int:task>/image")
 def picture(task: int, project: str | None = None) -> Response:
-    side = _whole("side", LONGEST)
-    data = task_picture(current.services(), _project(project), id_of(task, "task"), request.args.get("control") or None, side)
-    return Response(data, mimetype="image/jpeg")
+    side, places = _whole("side", LONGEST), current_app.extensions["picture_places"]
+    if not places.acquire(timeout=MOMENT):
+        raise Unavailable("Other pictures are being made at the moment; ask again in some seconds.", retry_after=RETRY_AFTER)
+    try:
+        data = task_picture(current.services(), _project(project), id_of(task, "task"), request.args.get("control") or None, side)
+    finally:
+        places.release()
+    return Response(data, mimetype="image/jpeg", headers={"Cache-Control": "private, max-age=600"})
 
 
 @judging.get("/jobs")
@@ -62,7 +71,11 @@ def jobs(project: str | None = None) -> Response:
 
 @judging.post("/rollback")
 def rollback(project: str | None = None) -> Response:
-    version, said = serving.roll_back(current.services().journal, _project(project))
+    body: Any = request.get_json(silent=True)
+    seen = body.get("from") if isinstance(body, dict) else None
+    if not isinstance(seen, str | None):
+        raise InvalidInput(f"'from' is {str(seen)[:40]!r}; expected the name of the version that serves.")
+    version, said = serving.roll_back(current.services().journal, _project(project), seen)
     return jsonify(model_version=version.name, message=said)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 JUDGED_BY = ("0.05", "0.1")  # PCK thresholds of the held-out judge
 CONFIDENCE = 0.95  # that a version which is no worse is not rolled back, over all looks and both figures
-LOOK_EVERY = 10  # images; also the fewest that a version is rolled back on
+LOOK_EVERY = 10  # groups of images; also the fewest that a version is rolled back on
 _EPS = 1e-9
 
 
@@ -62,39 +62,51 @@ def _figures(score: dict[str, Any] | None) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class Pair:
-    """One image that both versions predicted: its figures (prequential.measure) under the promoted version and the previous."""
+    """One image that both versions predicted: its figures (prequential.measure) under the promoted version and the previous.
+
+    group: of images that are no independent samples, such as those of one video or subject (`Task.group`).
+    """
 
     version: dict[str, Any]
     previous: dict[str, Any]
+    group: str
 
 
 def verdict(pairs: Sequence[Pair], most: int) -> tuple[str, dict[str, Any], str]:
     """("previous" | "version" | "", figures, in words): which of the two is better on these images, "" if that cannot be said.
 
     One of them is better when the confidence interval of a paired difference (PCK@0.05, or mean error beyond what people let
-    pass) excludes zero and that of the other figure does not do so in the other direction. It is looked at every LOOK_EVERY
-    images, at `most` in all; the intervals are wide enough that both figures and all looks together err in 1 - CONFIDENCE of the cases.
+    pass) excludes zero and that of the other figure does not do so in the other direction. Frames of one video resemble each
+    other, so the sample is the groups, each with the mean of its images; an image without a group is one by itself. It is
+    looked at every LOOK_EVERY groups, and when `most` images are there; fewer groups than that say nothing. The intervals are
+    wide enough that both figures and all looks together err in 1 - CONFIDENCE of the cases.
     """
     looks = max(most // LOOK_EVERY, 1)
     level = 1 - (1 - CONFIDENCE) / (2 * looks)
-    pck = _paired([p.version["pck"] for p in pairs], [p.previous["pck"] for p in pairs], level)
-    beyond = _paired([p.version["beyond"] for p in pairs], [p.previous["beyond"] for p in pairs], level)
-    error = {
-        "version": _mean([p.version["error"] for p in pairs]),
-        "previous": _mean([p.previous["error"] for p in pairs]),
-        "difference": beyond["difference"],
-        "interval": beyond["interval"],
-    }
-    figures = {"images": len(pairs), "level": round(level, 5), "pck@0.05": pck, "error": error}
+    groups = by_group(pairs)
+    pck, error, beyond = (_paired(groups, figure, level) for figure in ("pck", "error", "beyond"))
+    error |= {"difference": beyond["difference"], "interval": beyond["interval"]}
+    figures = {"images": len(pairs), "groups": len(groups), "level": round(level, 5), "pck@0.05": pck, "error": error}
     # A positive difference of PCK, and a negative one of the error, speak for the promoted version.
     gain, loss = _sign(pck["interval"]), -_sign(beyond["interval"])
     better = "version" if gain + loss > 0 else "previous" if gain + loss < 0 else ""
+    if len(groups) < LOOK_EVERY:
+        better = ""
+    together = f" of {len(groups)} groups" if len(groups) < len(pairs) else ""
     said = (
-        f"on the same {len(pairs)} images PCK@0.05 {pck['version']:.3f} against {pck['previous']:.3f} of the version before "
+        f"on the same {len(pairs)} images{together} PCK@0.05 {pck['version']:.3f} against {pck['previous']:.3f} of the version before "
         f"(difference {_signed(pck)}), mean error {error['version']:.3f} against {error['previous']:.3f} (difference {_signed(beyond)} "
         f"beyond what people let pass); {100 * level:.1f} % intervals"
     )
     return better, figures, said
+
+
+def by_group(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """The pairs of each group, in the order of their first images."""
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.group, []).append(pair)
+    return list(found.values())
 
 
 def interval_of(differences: Sequence[float], level: float) -> list[float]:
@@ -115,7 +127,10 @@ def t_quantile(share: float, degrees: int) -> float:
     return math.sqrt(degrees) * math.tan(float(np.interp(share, cumulative / cumulative[-1], angle)))
 
 
-def _paired(version: Sequence[float], previous: Sequence[float], level: float) -> dict[str, Any]:
+def _paired(groups: Sequence[Sequence[Pair]], figure: str, level: float) -> dict[str, Any]:
+    """Means over the groups, and the interval of their difference. figure: which of `prequential.measure`."""
+    version = [float(np.mean([p.version[figure] for p in group])) for group in groups]
+    previous = [float(np.mean([p.previous[figure] for p in group])) for group in groups]
     differences = [a - b for a, b in zip(version, previous, strict=True)]
     low, high = interval_of(differences, level)
     known = math.isfinite(low)

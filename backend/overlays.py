@@ -18,9 +18,9 @@ MARGIN = 0.45  # around an object that is looked at closely, in shares of its si
 Json = dict[str, Any]
 
 
-def versus(size: Sequence[int], truth: list[Json], predicted: list[Json], skeleton: Iterable[Sequence[int]]) -> Json:
-    """A version's answer over the truth. truth, predicted: keypoint sets as JSON; skeleton: pairs of indices."""
-    bones = [tuple(pair) for pair in skeleton]
+def versus(size: Sequence[int], truth: list[Json], predicted: list[Json], skeleton: Sequence[Sequence[str]]) -> Json:
+    """A version's answer over the truth. truth, predicted: keypoint sets as JSON; skeleton: pairs of names, of which an older
+    answer may lack some."""
     people = [KeypointSet.from_json(o) for o in truth]
     model = [KeypointSet.from_json(o) for o in predicted]
     drawing = _empty(size)
@@ -28,7 +28,7 @@ def versus(size: Sequence[int], truth: list[Json], predicted: list[Json], skelet
         drawing["rings"] += _points(o)
     for o in model:
         drawing["dots"] += _points(o)
-        drawing["bones"] += _bones(_by_name(_points(o)), [(o.names[a], o.names[b]) for a, b in bones])
+        drawing["bones"] += _bones(_by_name(_points(o)), skeleton)
     for i, j in pair_up(people, model, (int(size[0]), int(size[1]))):
         if i is not None and j is not None:
             there = _by_name(_points(model[j]))
@@ -36,11 +36,11 @@ def versus(size: Sequence[int], truth: list[Json], predicted: list[Json], skelet
     return drawing
 
 
-def example(size: Sequence[int], points: Json, skeleton: Iterable[Sequence[int]] = ()) -> Json:
-    """One labelled object, as the model is shown it."""
-    drawing, o = _empty(size), KeypointSet.from_json(points)
-    drawing["rings"] = _points(o)
-    drawing["bones"] = _bones(_by_name(drawing["rings"]), [(o.names[a], o.names[b]) for a, b in skeleton])
+def example(size: Sequence[int], points: Json, skeleton: Iterable[Sequence[str]] = ()) -> Json:
+    """One labelled object, as the model is shown it. skeleton: as in `versus`."""
+    drawing = _empty(size)
+    drawing["rings"] = _points(KeypointSet.from_json(points))
+    drawing["bones"] = _bones(_by_name(drawing["rings"]), skeleton)
     return drawing
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from backend.examples import on_image
 from backend.intake import control_key, project_of
 from backend.prequential import report as prequential
 from backend.quality import KINDS
+from backend.reports import BeingMade
 from backend.status import comparison_list, health_report, project_list, project_status
 from backend.tables import Project, Task, Version
 from kptllm_core.errors import InvalidInput, KptError, NotFound
@@ -67,7 +69,7 @@ def overview(project: str) -> str | Response:
     number, journal = status["project"], current.services().journal
     effort, anchoring = current.reports().get("effort", number), current.reports().get("anchoring", number)
     agreement = current.reports().get("agreement", number)
-    unused = current.reports().get("quality", number).get("unused", [])
+    unused = (_quality(number) or {}).get("unused", [])
     accuracy, people = charts.accuracy(status, prequential(journal, number), agreement), charts.people_by_point(agreement)
     return _page(
         "project.html", status, "overview", accuracy=accuracy, people=people, effort=effort, clicks=charts.effort(effort), anchoring=anchoring,
@@ -116,13 +118,13 @@ def what_next(project: str) -> str:
 def labels(project: str) -> str:
     status = _status(project)
     number = status["project"]
-    report = review.without_dismissed(current.services().journal, number, current.reports().get("quality", number))
-    kind, limit = request.args.get("kind") or None, _limit(FEW)
+    report, kind, limit = _quality(number), request.args.get("kind") or None, _limit(FEW)
     if kind not in (None, *KINDS):
         raise InvalidInput(f"kind is {str(kind)[:40]!r}; expected one of {', '.join(KINDS)}.")
-    found = [f for f in report["findings"] if kind in (None, f["kind"])]
+    found = [f for f in report["findings"] if kind in (None, f["kind"])] if report else []
     shown = [{**f, "drawing": overlays.suspicion(f)} for f in found[:limit]]
-    return _page("labels.html", status, "labels", report=report, findings=shown, many=len(found), kind=kind, limit=limit, sure=review.SURE)
+    return _page("labels.html", status, "labels", report=report, findings=shown, many=len(found), kind=kind, limit=limit, most=MANY,
+                 sure=review.SURE)  # fmt: skip
 
 
 @pages.post("/projects/<project>/start")
@@ -179,7 +181,7 @@ def support_examples(project: str) -> list[Json]:
     with current.services().journal.reading() as session:
         row = session.get_one(Project, project)
         version = session.get(Version, row.active_version) if row.active_version else None
-        skeletons = {control_key(c): c.schema.skeleton for c in config.controls} if config else {}
+        skeletons = {control_key(c): _named(c.schema.names, c.schema.skeleton) for c in config.controls} if config else {}
         found = []
         for entry in version.support if version else ():
             task = session.get(Task, (project, entry["task"]))
@@ -193,18 +195,34 @@ def support_examples(project: str) -> list[Json]:
 
 
 def _side_by_side(told: Json) -> list[Json]:
-    """One entry per image and control: {"task", "control", "error", "sides": {"a", "b": {"figures", "drawing"}}}."""
+    """One entry per image and control: {"task", "control", "first": whether it is the image's first, beside which the figures stand,
+    since they are of all its controls together, "error", "sides": {"a", "b": {"figures", "drawing"}}}."""
     shown = []
+    skeletons = {control: _named(about["names"], about["skeleton"]) for control, about in told["controls"].items()}
     for image in told["images"]:
         for control, saying in image["controls"].items():
-            skeleton = told["controls"][control]["skeleton"]
             sides = {}
             for side in ("a", "b"):
                 there = saying["size"] and saying[side] is not None
-                drawing = overlays.versus(saying["size"], saying["truth"], saying[side], skeleton) if there else None
+                drawing = overlays.versus(saying["size"], saying["truth"], saying[side], skeletons[control]) if there else None
                 sides[side] = {"figures": image[side], "drawing": drawing}
-            shown.append({"task": image["task"], "control": control, "error": image["error"], "sides": sides})
+            first = control == next(iter(image["controls"]))
+            shown.append({"task": image["task"], "control": control, "first": first, "error": image["error"], "sides": sides})
     return shown
+
+
+def _named(names: Sequence[str], pairs: Iterable[Sequence[int]]) -> list[tuple[str, str]]:
+    """A skeleton by name: what was frozen under an older label config may have other names, in another order."""
+    return [(names[a], names[b]) for a, b in pairs]
+
+
+def _quality(project: str) -> Json | None:
+    """The report on labels that look wrong; None while it is made for the first time."""
+    try:
+        report = current.reports().get("quality", project)
+    except BeingMade:
+        return None
+    return review.without_dismissed(current.services().journal, project, report)
 
 
 def _now(status: Json) -> Json:

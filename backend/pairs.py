@@ -23,47 +23,23 @@ ALL_SETS = 10  # pairs up to which every set is looked at; with more, those near
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """What the pairs of one object look like.
+    """What the P pairs of one object look like.
 
-    sets: (S, P) bool, the sets of exchanged pairs that were compared; chance: (S,) their probabilities; odds: log odds of the
-    likeliest against none. evidence: (P, 2) for each
-    pair being exchanged, the others being as in the likeliest set; whole: (2,) for all being exchanged at once.
+    likeliest: (P,) bool, the likeliest set of exchanged pairs; odds: its log odds against none. Probabilities: each: (P,) that this
+    pair is exchanged while most others are not; anything: that something is exchanged; all_at_once: that the object as a whole is
+    the wrong way round. evidence: (P, 2) for each pair being exchanged, the others being as in the likeliest set; whole: (2,) for
+    all being exchanged at once.
     """
 
     subject: int
     pairs: list[Pair]
-    sets: np.ndarray
-    chance: np.ndarray
+    likeliest: np.ndarray
     odds: float
+    each: np.ndarray
+    anything: float
+    all_at_once: float
     evidence: np.ndarray
     whole: np.ndarray
-
-    @property
-    def likeliest(self) -> np.ndarray:
-        """(P,) bool."""
-        found: np.ndarray = self.sets[int(self.chance.argmax())]
-        return found
-
-    @property
-    def each(self) -> np.ndarray:
-        """(P,) probability that this pair is exchanged while most others are not."""
-        return self.chance[~self._turned] @ self.sets[~self._turned]
-
-    @property
-    def anything(self) -> float:
-        """Probability that something is exchanged."""
-        return float(1 - self.chance[~self.sets.any(1)].sum())
-
-    @property
-    def all_at_once(self) -> float:
-        """Probability that the object as a whole is the wrong way round."""
-        return float(self.chance[self._turned].sum())
-
-    @property
-    def _turned(self) -> np.ndarray:
-        """(S,) bool: sets of more than half of the pairs, unless there is one pair only."""
-        count = self.sets.shape[1]
-        return (self.sets.sum(1) > count / 2) if count > 1 else np.zeros(len(self.sets), bool)
 
 
 class PairModel:
@@ -111,11 +87,15 @@ class PairModel:
             sets = sets[sets.sum(1) <= count / 2]
         odds = self._odds(sets, weights)
         chance = np.exp(odds - odds.max())
-        likeliest = sets[int(odds.argmax())]
+        chance /= chance.sum()
+        most = sets.sum(1) > max(count / 2, 1)  # a single pair is no object that is turned
+        likeliest = sets[int(odds.argmax())].copy()  # of all sets nothing else is kept
         others = likeliest ^ np.eye(count, dtype=bool)  # each with one pair the other way
         change = self.evidence(others) - self.evidence(likeliest[None])
-        return Verdict(subject, self.pairs, sets, chance / chance.sum(), float(odds.max()),
-                       np.where(likeliest[:, None], -change, change), everything)  # fmt: skip
+        return Verdict(
+            subject, self.pairs, likeliest, float(odds.max()), each=chance[~most] @ sets[~most], anything=float(1 - chance[~sets.any(1)].sum()),
+            all_at_once=float(chance[most].sum()), evidence=np.where(likeliest[:, None], -change, change), whole=everything,
+        )  # fmt: skip
 
     def _odds(self, sets: np.ndarray, weights: Weights) -> np.ndarray:
         """(S,) log odds of each set against none."""

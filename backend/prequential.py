@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from backend.database import parts
@@ -69,6 +69,14 @@ def _gaps(truth: KeypointSet, predicted: KeypointSet | None, size: list[int] | N
         return [MISSED] * int(truth.placed.sum())
     apart = distances(truth, predicted, size_of(truth, size))[truth.placed]
     return [MISSED if np.isnan(gap) else float(gap) for gap in apart]
+
+
+def unjudged(session: Session, project: str) -> int:
+    """How many predictions of labelled images wait for `score_new`; told by indexes alone, since it is asked all the time."""
+    mine = select(func.count()).where(Predicted.project == project)
+    said = select(Annotation.task).where(*labelled(project))
+    made = session.scalar(mine.where(Predicted.controls.is_not(None), Predicted.task.in_(said))) or 0
+    return made - (session.scalar(mine.where(Predicted.judged.is_not(None))) or 0)
 
 
 def score_new(journal: Journal, project: str) -> int:

@@ -114,16 +114,18 @@ class Ranker:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """Predicted points of images that their version had not learned from. (N,) score, hit, image (its task)."""
+    """Predicted points of images that their version had not learned from. (N,) score, hit, image (its task), group of images."""
 
     score: np.ndarray
     hit: np.ndarray
     image: np.ndarray
+    group: np.ndarray
     heldout: int  # of these images, so many are held out
 
 
 def judged_points(session: Session, project: str, config: LabelConfig, tolerance: float) -> Judged:
-    """Points of the newest versions first, of the images that are held out, or were predicted before anyone had labelled them."""
+    """Points of the version that serves first, then of the newest ones, of the images that are held out, or were predicted before
+    anyone had labelled them."""
     said, uses = first_sayings(session, project), uses_of(session, project)
     speaks = {c.task: c for c in candidates_of(session, project)}
     upto = dict(session.execute(select(Version.id, Version.upto).where(Version.project == project)).all())
@@ -132,7 +134,8 @@ def judged_points(session: Session, project: str, config: LabelConfig, tolerance
     )
     rows: dict[int, int] = {}  # task → predictions.id
     heldout = 0
-    for number, task, version in session.execute(columns.order_by(Predicted.version.desc(), Predicted.id.desc())):
+    serves = Predicted.version == session.get_one(Project, project).active_version
+    for number, task, version in session.execute(columns.order_by(serves.desc(), Predicted.version.desc(), Predicted.id.desc())):
         kept_apart = task in speaks and uses.get(speaks[task].group) == split.HELDOUT
         if task in rows or task not in speaks or not (kept_apart or said.get(task, 0) > upto.get(version, 0)):
             continue
@@ -140,7 +143,7 @@ def judged_points(session: Session, project: str, config: LabelConfig, tolerance
         heldout += kept_apart
         if len(rows) == IMAGES:
             break
-    score, hit, image = [], [], []
+    score, hit, image, group = [], [], [], []
     for task, number in rows.items():
         controls = session.get_one(Predicted, number).controls or {}
         annotation = session.get_one(Annotation, speaks[task].row)
@@ -148,7 +151,8 @@ def judged_points(session: Session, project: str, config: LabelConfig, tolerance
             score.append(s)
             hit.append(h)
             image.append(task)
-    return Judged(np.array(score, np.float64), np.array(hit, bool), np.array(image, np.int64), heldout)
+            group.append(speaks[task].group)
+    return Judged(np.array(score, np.float64), np.array(hit, bool), np.array(image, np.int64), np.array(group, str), heldout)
 
 
 def compare(config: LabelConfig, result: list[Any], controls: Controls, tolerance: float) -> list[tuple[float, bool]]:
@@ -199,7 +203,7 @@ def refresh(journal: Journal, project: str, tolerance: float) -> bool:
 def calibration_report(journal: Journal, project: str, tolerance: float) -> dict[str, Any]:
     """The reliability diagram: what the model's score means here, before and after calibration.
 
-    `calibrated` is measured on images that the map was not fitted on (five folds); `map` is the one in use.
+    `calibrated` is measured on groups of images that the map was not fitted on (five folds); `map` is the one in use.
     """
     with journal.reading() as session:
         row = session.get(Project, project)
@@ -208,9 +212,9 @@ def calibration_report(journal: Journal, project: str, tolerance: float) -> dict
         judged = (
             judged_points(session, project, parse(row.label_config), tolerance)
             if row.label_config
-            else Judged(*(np.zeros(0),) * 3, 0)
+            else Judged(*(np.zeros(0),) * 4, 0)
         )
-    after = cross_validated(judged.score, judged.hit, judged.image)
+    after = cross_validated(judged.score, judged.hit, judged.group)
     return {
         "project": project,
         "tolerance": tolerance,
@@ -241,16 +245,22 @@ def what_next(journal: Journal, looks: Lookalikes, project: str, limit: int = LI
         row = session.get(Project, project)
         if row is None:
             raise unknown_project(project)
-        done = set(session.scalars(select(Annotation.task).where(*labelled(project)).distinct()))
+        taught = set(session.scalars(select(Annotation.task).where(*labelled(project)).distinct()))
+        # Somebody has dealt with it: also an image that was skipped, or submitted without any point.
+        spoken = (Annotation.project == project, Annotation.current, ~Annotation.deleted)
+        done = set(session.scalars(select(Annotation.task).where(*spoken).distinct()))
         gone = set(session.scalars(select(Task.task).where(Task.project == project, Task.deleted)))
         columns = select(Predicted.task, Predicted.version, Predicted.score, Predicted.id)
         made = columns.where(Predicted.project == project, Predicted.controls.is_not(None))
-        newest = {task: (v, score, number) for task, v, score, number in session.execute(made.order_by(Predicted.task, Predicted.version))}
+        newest: dict[int, tuple[int, float, int]] = {}  # the prediction of the version that serves, where there is one
+        for task, v, score, number in session.execute(made.order_by(Predicted.task, Predicted.version)):
+            if task not in newest or newest[task][0] != row.active_version:
+                newest[task] = v, score, number
         names = {v.id: v.name for v in session.scalars(select(Version).where(Version.project == project))}
         waiting = sorted(newest.keys() - done - gone, key=lambda t: (newest[t][1], t))
         shares = _shares(session, calibration, {newest[t][2]: t for t in waiting[:SHORTLIST]})
     order = [*sorted(shares, key=lambda t: (shares[t][0], t)), *waiting[SHORTLIST:]]
-    repeats = looks.in_order(project, order, done)
+    repeats = looks.in_order(project, order, taught)
     ranked = sorted(shares, key=lambda t: (rank_score(shares[t][0], t in repeats), t))
     return {
         "project": project,

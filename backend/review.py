@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import and_, exists, func, select
@@ -38,7 +37,7 @@ log = logging.getLogger(__name__)
 FIELD = "label_check"  # of a task's data, in Label Studio
 SURE = 0.8  # confidence from which findings are written there, unless another is asked for
 DISMISSED = "QUALITY_DISMISSED"
-KEPT = 300  # findings that are kept; what comes after them is not worth a reviewer's time yet
+KEPT = 10_000  # findings, and labels that cannot be used, that are kept; the page shows fewer of them at a time
 ASKED = 8  # images that predictions are asked for at a time
 MOST_ASKED = 400  # images of a version that are asked for at all
 
@@ -55,9 +54,9 @@ def quality_report(journal: Journal, project: str, least: float = LEAST) -> dict
         subjects = {control_key(c): _subjects(session, project, c, unused) for c in config.controls} if config else {}
     told: list[dict[str, Any]] = []
     for control in config.controls if config else ():
-        key = control_key(control)
-        for finding in find([s for s, _ in subjects[key]], control.schema, control.missing == "absent", least):
-            told.append(_told(finding, control, dict(_states(subjects[key]))))
+        mine = subjects[control_key(control)]
+        states = {(s.task, s.annotation): state for s, state in mine}
+        told += [_told(f, control, states) for f in find([s for s, _ in mine], control.schema, control.missing == "absent", least)]
     told.sort(key=lambda f: -f["confidence"])
     return {
         "project": project,
@@ -69,7 +68,7 @@ def quality_report(journal: Journal, project: str, least: float = LEAST) -> dict
 
 
 def without_dismissed(journal: Journal, project: str, report: dict[str, Any]) -> dict[str, Any]:
-    """A quality report with only the findings that no reviewer has dismissed, and their "counts" by kind."""
+    """A quality report with only the findings that no reviewer has dismissed, all of them, and their "counts" by kind."""
     with journal.reading() as session:
         events = session.scalars(select(Event).where(Event.project == project, Event.action == DISMISSED))
         gone = {str(event.about.get("finding")) for event in events}
@@ -141,10 +140,6 @@ def _witnesses(session: Session, project: str) -> dict[int, dict[str, Any]]:
         for row in session.scalars(select(Predicted).where(Predicted.id.in_(part))):
             found[row.task] = row.controls or {}
     return found
-
-
-def _states(subjects: Iterable[tuple[Subject, int]]) -> Iterable[tuple[tuple[int, int], int]]:
-    return (((s.task, s.annotation), state) for s, state in subjects)
 
 
 def _told(finding: Finding, control: KeypointControl, states: dict[tuple[int, int], int]) -> dict[str, Any]:

@@ -14,15 +14,21 @@ from sqlalchemy.orm import Session
 
 from backend.journal import Journal
 from backend.tables import Event, Project, Version
-from backend.versions import advance, cannot_serve, lock_project, serve, unknown_project
+from backend.versions import advance, cannot_serve, lock_project, promote, unknown_project
 from kptllm_core.errors import Conflict, NotFound
 
 
-def roll_back(journal: Journal, project: str) -> tuple[Version, str]:
-    """Serve the version before again; (it, what happened in words). Conflict when there is none that can serve."""
+def roll_back(journal: Journal, project: str, seen: str | None = None) -> tuple[Version, str]:
+    """Serve the version before again; (it, what happened in words). Conflict when there is none that can serve.
+
+    seen: the version that is to be rolled back, as a person saw it serve. Conflict if another one serves by now: the button was pressed
+    twice, a colleague was first, or a round was promoted in between.
+    """
 
     def change(session: Session) -> tuple[Version, str]:
         row, now = _serving(session, project)
+        if seen not in (None, now.name):
+            raise Conflict(f"'{seen}' serves no more, '{now.name}' does. Nothing was changed; roll back from there if you still want to.")
         target = previous_of(session, row, now)
         if target is None:
             raise Conflict(f"There is no version before '{now.name}' that can serve project {project} as it is now.")
@@ -31,7 +37,7 @@ def roll_back(journal: Journal, project: str) -> tuple[Version, str]:
         session.add(
             Event(project=project, action="ROLLBACK", about={"from": now.name, "to": target.name, "by": "person"})
         )
-        serve(session, row, target, said)
+        promote(session, row, target, said)
         return target, f"{target.name} serves again; {now.name} is kept, and can be activated."
 
     return journal.write(change)
@@ -47,7 +53,7 @@ def pin(journal: Journal, project: str, name: str) -> Version:
         if problem:
             raise Conflict(f"'{name}' {problem}.")
         row.pinned = None
-        serve(session, row, version, "Pinned by a person.")
+        promote(session, row, version, "Pinned by a person.")
         row.pinned = version.id
         session.add(Event(project=project, action="PINNED", about={"version": name}))
         return version

@@ -235,6 +235,14 @@ class Settings:
         metadata=_about(_text, "Address to listen on. `0.0.0.0` lets other machines in: then set the basic auth, too."),
     )
     port: int = field(default=9090, metadata=_about(_whole(1, 65535), "Port to listen on."))
+    public_url: str = field(
+        default="",
+        metadata=_about(
+            _url,
+            "Address of this backend in the browser, when a proxy stands before it (`https://keypoints.example.org`): without it the page's "
+            "buttons may be refused. Needed for them also without a login, when the page has a full domain name.",
+        ),
+    )
     data_dir: Path = field(
         default=Path(".data/backend"), metadata=_about(_folder, "Folder for the journal and the image cache.")
     )

@@ -3,6 +3,8 @@
 Made only for images that a person has labelled since, for so many as the judgement needs (SHADOW_IMAGES), a few at a time, and
 only while nobody waits for the core. `judges.verdict` decides; every step is a transaction, so that a kill loses nothing.
 
+Images of one video or subject (`Task.group`) count as one there: with few groups all SHADOW_IMAGES may pass without a judgement.
+
 An image counts if its annotator was shown the promoted version's prediction, or none at all: where another version's was
 shown, that one would be flattered.
 """
@@ -18,9 +20,9 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from backend.intake import control_key
-from backend.judges import LOOK_EVERY, Pair, verdict
+from backend.judges import LOOK_EVERY, Pair, by_group, verdict
 from backend.prediction import CHUNK, Prediction
-from backend.prequential import score_new
+from backend.prequential import score_new, unjudged
 from backend.served import ask_shadow, first_sayings, keep_shadow, predictions_of
 from backend.services import Services
 from backend.tables import Annotation, Comparison, Event, Predicted, Project, Task, Version
@@ -54,7 +56,7 @@ class Shadows:
     def __init__(self, services: Services) -> None:
         self.services, self.journal = services, services.journal
         self.images = services.settings.shadow_images
-        self._seen: dict[str, tuple[int, ...]] = {}  # project → what there was when it was last looked at
+        self._seen: dict[str, tuple[Any, ...]] = {}  # project → what there was when it was last looked at
         self._made: dict[str, int] = {}  # project → how many predictions were made here
         self._tries: dict[int, int] = {}  # predictions.id → how often it could not be had
 
@@ -62,8 +64,8 @@ class Shadows:
         """Score what was labelled, want the predictions that the comparison needs, and decide when there are enough."""
         with self.journal.reading() as session:
             said = session.scalar(select(func.max(Annotation.id)).where(Annotation.project == project)) or 0
-            comparison = running(session, project)
-            stand = (said, comparison.id if comparison else 0, self._made.get(project, 0))
+            comparison, row = running(session, project), session.get_one(Project, project)
+            stand = (said, comparison.id if comparison else 0, self._made.get(project, 0), row.config_hash, unjudged(session, project))
         if stand != self._seen.get(project):
             score_new(self.journal, project)
             self._ask(project)
@@ -90,17 +92,18 @@ class Shadows:
             comparison = running(session, project)
             if comparison is None:
                 return ""
-            found = pairs_of(session, comparison, self.images)
-            enough = len(found) >= self.images or len(found) >= LOOK_EVERY * (comparison.looks + 1)
-            if not enough:
+            found = [pair for _, pair in pairs_of(session, comparison, self.images)]
+            groups = len(by_group(found))
+            if len(found) < self.images and groups < LOOK_EVERY * (comparison.looks + 1):
                 return ""
             comparison.looks += 1
-            better, comparison.figures, said = verdict([p for _, p in found], self.images)
+            better, comparison.figures, said = verdict(found, self.images)
             if better == "previous":
                 return _roll_back(session, row, comparison, said)
             if better == "version" or len(found) >= self.images:
                 comparison.state, comparison.ended_at = "kept", time.time()
-                comparison.reason = f"Kept: {'better' if better else 'not worse'} {said}."
+                few = f"too few groups (videos, subjects) to tell, fewer than {LOOK_EVERY}," if groups < LOOK_EVERY else "not worse"
+                comparison.reason = f"Kept: {'better' if better else few} {said}."
                 return comparison.reason
             comparison.reason = f"Not decided yet: {said}."
             return ""
@@ -187,8 +190,9 @@ def pairs_of(session: Session, comparison: Comparison, images: int) -> list[tupl
         for row in predictions_of(session, session.get_one(Version, number), wanted):
             if row.figures:
                 figures.setdefault(row.task, {})[number] = row.figures
+    group = {c.task: c.group for c in candidates_of(session, comparison.project)}
     return [
-        (task, Pair(both[comparison.version], both[comparison.previous]))
+        (task, Pair(both[comparison.version], both[comparison.previous], group[task]))
         for task in wanted
         if len(both := figures.get(task, {})) == 2
     ]

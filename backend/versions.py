@@ -56,6 +56,12 @@ def serve(session: Session, row: Project, version: Version, why: str) -> None:
     )
 
 
+def promote(session: Session, row: Project, version: Version, why: str) -> None:
+    """Serve a version because a person says so: from now on it counts as promoted, whatever its round was told."""
+    version.promoted, version.reason = True, f"{version.reason} {why}".strip()[-2000:]
+    serve(session, row, version, why)
+
+
 def cannot_serve(session: Session, row: Project, version: Version) -> str:
     """Why a version cannot serve the project as it is now, as the rest of a sentence; empty if it can."""
     core = session.get(Fact, "core")
@@ -70,13 +76,14 @@ def cannot_serve(session: Session, row: Project, version: Version) -> str:
 
 
 def still_taught(session: Session, row: Project, version: Version) -> Version | None:
-    """The version that serves or, where its adapter does not fit the label config as it is now, the nearest of those that it came
+    """The version, which serves now, or, where its adapter does not fit the label config as it is now, the nearest of those that it came
     from whose adapter does: a name that is changed back brings back what was learned. None if there is no such."""
     seen: set[int] = set()
     at: Version | None = version
     while at is not None and at.id not in seen:
         seen.add(at.id)
-        if at.adapter and at.promoted and at.base == version.base and not cannot_serve(session, row, at):
+        trusted = at.promoted or at is version  # what serves needs no other title
+        if at.adapter and trusted and at.base == version.base and not cannot_serve(session, row, at):
             return at
         at = session.scalar(select(Version).where(Version.project == row.id, Version.name == at.parent)) if at.parent else None
     return None
@@ -183,7 +190,7 @@ def support_entries(
             if url and objects:
                 best = max(objects, key=lambda o: int(o.keypoints.placed.sum())).keypoints
                 best = as_asked(best, since.get(control_key(control), {}), annotation.id)
-                controls[control_key(control)] = frozen(url, best, annotation.result, size)
+                controls[control_key(control)] = frozen(control, url, best, annotation.result, size)
         if controls:
             entries.append(
                 ({"task": candidate.task, "annotation": annotation.annotation, "controls": controls}, candidate.group)

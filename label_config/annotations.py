@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from label_config.schema import KeypointControl
 
 UNKNOWN = "which is not in"  # said of a label that the config lacks (any more)
 SAME_PLACE = 1e-3  # per cent: two regions closer than this are one point drawn twice
+ROUNDING = 0.5  # per cent: a point that lies no farther outside of the image is meant to lie on its edge
 Region = dict[str, Any]
 
 
@@ -75,11 +76,11 @@ def read_result(
     A point belongs to the region its parentID leads to, else to the box that it is related to (or to the object of the points that it is
     related to), else to the one box that holds it, else to the image's only object. A label that is left twice in one object, and
     a point that lies in several boxes or is tied to several, is reported and not used; one that lies in no box is kept as an object
-    without a box, and reported.
+    without a box, and reported. Where `model_missing` is "absent", no object is said to lack what such a point may be.
     """
     if not isinstance(result, list):
         raise InvalidInput(f"An annotation's result is a list of regions; found {type(result).__name__}.")
-    problems: list[str] = []
+    problems = _Problems()
     regions = [r for r in result if isinstance(r, dict)]
     if len(regions) < len(result):
         problems.append(f"{len(result) - len(regions)} entries of the result are no regions")
@@ -90,7 +91,22 @@ def read_result(
     by_id = {b.region_id: b for b in boxes}
     groups = _grouped(points, parents, _relations(regions), boxes, problems)
     objects = [_object(control, members, by_id.get(group), problems) for group, members in groups.items() if members]
-    return ReadResult(tuple(o for o in objects if o.keypoints.placed.any()), tuple(boxes), tuple(problems))
+    objects = [o for o in objects if o.keypoints.placed.any()]
+    if control.missing == "absent":  # beside boxes, points without one may be of any object, and lack nothing themselves
+        objects = [_lacking(o, problems.names) if o.box or not boxes else o for o in objects]
+    return ReadResult(tuple(objects), tuple(boxes), tuple(problems))
+
+
+class _Problems(list[str]):
+    """What could not be used, in words. `names`: of points whose object is not known, so that each may have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def unclear(self, names: Collection[str], problem: str) -> None:
+        self.names.update(names)
+        self.append(problem)
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,7 @@ class _Point:
 
 
 def _read_points(control: KeypointControl, region: Region, width: int | None, height: int | None, hidden: set[str],
-                 problems: list[str]) -> list[_Point]:  # fmt: skip
+                 problems: _Problems) -> list[_Point]:  # fmt: skip
     """The points that a region names: none if it is not of this control or cannot be used, several if it carries several labels."""
     if region.get("from_name") != control.from_name or region.get("to_name", control.to_name) != control.to_name:
         return []
@@ -120,16 +136,16 @@ def _read_points(control: KeypointControl, region: Region, width: int | None, he
     if region.get("is_positive") is False:
         problems.append(f"{where} is a negative click; it was not used")
         return []
+    names = [name for label in labels if (name := control.name_of(str(label)))]
     percent = _numbers(value, ("x", "y"))
     size = _image_size(region, width, height)
-    if percent is None or not all(0.0 <= p <= 100.0 for p in percent):
-        problems.append(
-            f"{where} lies at ({value.get('x')!r}, {value.get('y')!r}); expected 0…100 per cent; it was not used"
-        )
+    if percent is None or not all(-ROUNDING <= p <= 100.0 + ROUNDING for p in percent):
+        problems.unclear(names, f"{where} lies at ({value.get('x')!r}, {value.get('y')!r}); expected 0…100 per cent; it was not used")
         return []
     if isinstance(size, str):
-        problems.append(f"{where} {size}; it was not used")
+        problems.unclear(names, f"{where} {size}; it was not used")
         return []
+    percent = tuple(min(max(p, 0.0), 100.0) for p in percent)
     x, y = from_percent(np.array(percent), *size)
     found = []
     for label in dict.fromkeys(str(label) for label in labels):
@@ -214,10 +230,12 @@ def _relations(regions: list[Region]) -> dict[str, set[str]]:
 
 
 def _grouped(points: list[_Point], parents: dict[str, str], relations: dict[str, set[str]], boxes: list[DrawnBox],
-             problems: list[str]) -> dict[str, list[_Point]]:  # fmt: skip
+             problems: _Problems) -> dict[str, list[_Point]]:  # fmt: skip
     """Id of the box (or of whatever the points hang on; "": nothing) → the points of that object."""
     groups: dict[str, list[_Point]] = {b.region_id: [] for b in boxes}
     known = frozenset(groups)
+    gone = set(parents.values()) - {"", *parents}
+    orphans: dict[str, list[_Point]] = {}  # of the groups those that hang on a region which is gone
     above = [_box_above(point, parents, known) for point in points]
     settled = {point.region_id: box for point, box in zip(points, above, strict=True) if box}
     links = {region: set(others) for region, others in relations.items()}
@@ -227,27 +245,34 @@ def _grouped(points: list[_Point], parents: dict[str, str], relations: dict[str,
             links.setdefault(parent, set()).add(child)
     outside = []
     for point, box in zip(points, above, strict=True):
-        x, y = point.xy
-        inside = [b for b in boxes if b.box[0] <= x <= b.box[0] + b.box[2] and b.box[1] <= y <= b.box[1] + b.box[3]]
+        inside = [b for b in boxes if _holds(b, point)]
         if box:
             tied, fellows = {box} | (relations.get(point.region_id, set()) & known), set()
         else:
             reached = _reached(point.region_id, links, known | settled.keys())
             tied, fellows = {settled.get(r, r) for r in reached} & known, reached - known - settled.keys()
         if len(tied) > 1:
-            problems.append(f"'{point.name}' ({point.region_id}) is tied to {len(tied)} boxes; keep one parent or relation; it was not used")
+            problems.unclear([point.name], f"'{point.name}' ({point.region_id}) is tied to {len(tied)} boxes; keep one parent or relation; "
+                             "it was not used")  # fmt: skip
         elif tied:
             groups[tied.pop()].append(point)
         elif fellows:
-            groups.setdefault(min(fellows | {point.region_id}), []).append(point)
+            group = min(fellows | {point.region_id})
+            groups.setdefault(group, []).append(point)
+            if fellows & gone:
+                orphans[group] = groups[group]
         elif len(inside) == 1:
             groups[inside[0].region_id].append(point)
         elif inside:
-            problems.append(
-                f"'{point.name}' ({point.region_id}) lies in {len(inside)} boxes; drag it onto its box in Label Studio's region list"
-            )
+            problems.unclear([point.name], f"'{point.name}' ({point.region_id}) lies in {len(inside)} boxes; drag it onto its box in "
+                             "Label Studio's region list")  # fmt: skip
         else:
             outside.append(point)
+    _adopt(orphans, groups, boxes)
+    for parent in sorted(gone & {p.parent for p in points}):
+        children = ", ".join(f"'{p.name}' ({p.region_id})" for p in points if p.parent == parent)
+        problems.append(f"{children}: the parent '{parent}' is no region of this annotation; what hangs on it counts as one object, in the one box "
+                        "that holds it if that has none of these points; drag them onto their box in Label Studio's region list")  # fmt: skip
     # Points beside the image's only box are still that object's, unless it has one of them already: then they are another one's, all of them.
     names, own = [p.name for p in outside], groups[boxes[0].region_id] if len(boxes) == 1 else None
     if own is not None and len(set(names)) == len(names) and not {p.name for p in own} & set(names):
@@ -256,7 +281,25 @@ def _grouped(points: list[_Point], parents: dict[str, str], relations: dict[str,
         groups.setdefault("", []).extend(outside)
         problems += [f"'{p.name}' ({p.region_id}) lies in no box: it counts as an object without one; draw its box, or drag it onto its box in "
                      "Label Studio's region list" for p in outside if boxes]  # fmt: skip
+    if boxes:
+        problems.names.update(p.name for group in groups.keys() - known for p in groups[group])
     return groups
+
+
+def _adopt(orphans: dict[str, list[_Point]], groups: dict[str, list[_Point]], boxes: list[DrawnBox]) -> None:
+    """Gives groups whose parent is gone to the one box that holds them, unless it then had a point twice."""
+    for box in boxes:
+        held = [group for group, points in orphans.items() if [b.region_id for b in boxes if all(_holds(b, p) for p in points)] == [box.region_id]]
+        together = groups[box.region_id] + [p for group in held for p in orphans[group]]
+        if len({p.name for p in together}) == len(together):
+            groups[box.region_id] = together
+            for group in held:
+                del groups[group]
+
+
+def _holds(box: DrawnBox, point: _Point) -> bool:
+    (x, y), (left, top, width, height) = point.xy, box.box
+    return bool(left <= x <= left + width and top <= y <= top + height)
 
 
 def _box_above(point: _Point, parents: dict[str, str], boxes: Collection[str]) -> str:
@@ -280,29 +323,33 @@ def _reached(region: str, links: dict[str, set[str]], ends: Collection[str]) -> 
 
 
 def _object(
-    control: KeypointControl, members: list[_Point], box: DrawnBox | None, problems: list[str]
+    control: KeypointControl, members: list[_Point], box: DrawnBox | None, problems: _Problems
 ) -> LabelledObject:
     names = control.schema.names
     xy, visibility = np.zeros((len(names), 2)), np.zeros(len(names), np.int8)
-    if control.missing == "absent":
-        visibility[:] = Visibility.ABSENT
     origins: list[str | None] = [None] * len(names)
     ids: list[str | None] = [None] * len(names)
     for i, name in enumerate(names):
         found = [p for p in members if p.name == name]
         if not found:
             continue
-        visibility[i] = Visibility.NOT_LABELLED
         first = found[0]
         if any(max(abs(a - b) for a, b in zip(p.percent, first.percent, strict=True)) > SAME_PLACE for p in found):
             hint = "" if box else " (several objects need a box each, and the points their box as parent)"
-            problems.append(f"'{name}' was placed {len(found)} times on one object; none was used{hint}")
+            problems.unclear([name], f"'{name}' was placed {len(found)} times on one object; none was used{hint}")
             continue
         xy[i] = first.xy
         visibility[i] = Visibility.OCCLUDED if any(p.hidden for p in found) else Visibility.VISIBLE
         origins[i], ids[i] = first.origin, first.region_id
     keypoints = KeypointSet(names, xy, visibility, box=None if box is None else box.box)
     return LabelledObject(keypoints, tuple(origins), tuple(ids), box)
+
+
+def _lacking(found: LabelledObject, unclear: Collection[str]) -> LabelledObject:
+    """The object where what nobody placed is not there, save the points that are unclear in this image."""
+    points = found.keypoints
+    lacks = ~points.placed & [name not in unclear for name in points.names]
+    return replace(found, keypoints=replace(points, visibility=np.where(lacks, Visibility.ABSENT, points.visibility)))
 
 
 def read_id(region: Region, key: str = "id") -> str:
@@ -340,6 +387,12 @@ def said_size(region: Region) -> tuple[int, int] | None:
     """Width and height of the image as a region tells them (original_width, original_height)."""
     own = _numbers(region, ("original_width", "original_height"))
     return (round(own[0]), round(own[1])) if own and min(own) >= 1 else None
+
+
+def told_size(control: KeypointControl, result: list[Any]) -> tuple[int, int] | None:
+    """Width and height of the control's image as the first of its regions tells them that does; None if none does."""
+    own = (r for r in result if isinstance(r, dict) and r.get("to_name", control.to_name) == control.to_name)
+    return next((size for region in own if (size := said_size(region))), None)
 
 
 def is_turned(one: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -59,7 +59,7 @@ def to_regions(
         chosen = [max(chosen, key=lambda one: one[2])]
     regions: list[Region] = []
     for points, label, score in chosen:
-        box = _box_region(control, points, label, score, width, height, new_id) if control.box and control.add_bboxes else None
+        box = box_region(control, points, label, score, width, height, new_id) if control.box and control.add_bboxes else None
         regions += [box] if box else []
         regions += _point_regions(control, points, score, box["id"] if box else None, width, height, new_id)
     return regions
@@ -116,9 +116,9 @@ def _point_regions(control: KeypointControl, points: KeypointSet, score: float, 
     return regions
 
 
-def _box_region(control: KeypointControl, points: KeypointSet, label: str | None, score: float, width: int, height: int,
-                new_id: Callable[[], str]) -> Region | None:  # fmt: skip
-    """The object's rectangle; None if nothing of it lies on the image."""
+def box_region(control: KeypointControl, points: KeypointSet, label: str | None, score: float, width: int, height: int,
+               new_id: Callable[[], str]) -> Region | None:  # fmt: skip
+    """The object's rectangle, also of one without points; None if nothing of it lies on the image. See `to_regions`."""
     assert control.box is not None
     whole = points.object_box()
     if whole is None:

@@ -320,9 +320,37 @@ def test_with_both_either_admits_a_webhook_and_nothing_else_does(tmp_path: Path)
 def test_another_sites_page_cannot_post_with_a_persons_login(here: World) -> None:
     here.label(1)
     path = f"/projects/1/versions/{here.status()['model_version']}/activate"
-    assert here.client.post(path, headers={"Origin": "http://evil.example"}).status_code == 401
-    assert here.client.post(path, headers={"Origin": "http://["}).status_code == 401
+    for origin in ("http://evil.example", "http://[", "null", ""):
+        refused = here.client.post(path, headers={"Origin": origin})
+        assert refused.status_code == 403 and "WWW-Authenticate" not in refused.headers
+        assert "PUBLIC_URL" in refused.get_json()["error"]["message"]
     assert here.client.post(path, headers={"Origin": "http://localhost"}).status_code == 200
+
+
+def test_behind_a_proxy_the_public_address_is_the_pages_own(tmp_path: Path) -> None:
+    with world(tmp_path, public_url="https://Keypoints.example.org", basic_auth_user="me", basic_auth_pass="word") as here:
+        event = {"action": "PROJECT_UPDATED", "project": {"id": 1, "label_config": CONFIG}}
+        for origin, status in (("https://keypoints.example.org", 200), ("https://evil.example.org", 403), ("null", 403)):
+            headers = {**basic("me", "word"), "Host": "127.0.0.1:9090", "Origin": origin}
+            assert here.client.post("/webhook", json=event, headers=headers).status_code == status, origin
+
+
+@pytest.mark.parametrize(
+    ("host", "settings", "status"),
+    [("localhost:9090", {}, 200), ("127.0.0.1:9090", {}, 200), ("192.168.3.4:9090", {}, 200), ("[::1]:9090", {}, 200), ("backend:9090", {}, 200),
+     ("my_backend:9090", {}, 200), ("host.docker.internal:9090", {}, 200), ("evil.example:9090", {}, 403), ("127.0.0.1.evil.example", {}, 403),
+     ("evil.example", {"public_url": "https://keypoints.example.org"}, 403), ("evil.example", {"basic_auth_user": "me", "basic_auth_pass": "w"}, 200),
+     ("keypoints.example.org", {"public_url": "https://keypoints.example.org"}, 200), ("box.example.org:9090", {"host": "box.example.org"}, 200)],
+)  # fmt: skip
+def test_without_a_login_no_name_that_a_stranger_may_have_is_answered(tmp_path: Path, host: str, settings: dict[str, str], status: int) -> None:
+    """DNS rebinding: a page of evil.example has its own name lead to this machine, and then posts to its own name."""
+    with world(tmp_path, **settings) as here:
+        headers = {"Host": host, **(basic("me", "w") if "basic_auth_user" in settings else {})}
+        body = {"action": "PROJECT_UPDATED", "project": {"id": 1}}
+        answer = here.client.post("/webhook", json=body, headers=headers | {"Origin": f"http://{host}"})
+        assert answer.status_code == status
+        assert status == 200 or "PUBLIC_URL" in answer.get_json()["error"]["message"]
+        assert here.client.post("/webhook", json=body, headers=headers).status_code == 200, "Label Studio is no browser"
 
 
 def test_no_secret_and_no_traceback_reaches_a_client_or_the_log(

@@ -49,19 +49,32 @@ def test_what_is_written_as_coco_is_read_again(tmp_path: Path) -> None:
     file.write_text(json.dumps(data))
     (found,) = read_labels("coco", file).images
     assert (found.name, found.size) == ("a.png", (64, 48))
-    assert [thing.points for thing in found.things] == [one.points, other.points]
-    assert [thing.box for thing in found.things] == [(5, 5, 30, 20), (1, 2, 3, 6)]
+    assert [thing.points for thing in found.things] == [one.points, other.points, {}]
+    assert [thing.box for thing in found.things] == [(5, 5, 30, 20), (1, 2, 3, 6), (1, 2, 3, 4)]
 
 
-def test_coco_leaves_crowds_and_boxes_aside_and_says_so(tmp_path: Path) -> None:
+def test_coco_leaves_crowds_aside_and_says_so(tmp_path: Path) -> None:
     good = {"id": 1, "image_id": 1, "category_id": 1, "keypoints": [1, 2, 2, 3, 4, 2, 5, 6, 3]}
-    more = [good | {"id": 2, "iscrowd": 1}, {"id": 3, "image_id": 2, "category_id": 1, "bbox": [0, 0, 9, 9]}, good | {"id": 4, "image_id": 99}]
-    labels = read_labels("coco", label_files.coco(tmp_path, [good, *more]))
+    nothing = {"id": 3, "image_id": 2, "category_id": 1, "keypoints": [0] * 9, "bbox": [0, 0, 0, 0]}
+    labels = read_labels("coco", label_files.coco(tmp_path, [good, good | {"id": 2, "iscrowd": 1}, nothing, good | {"id": 4, "image_id": 99}]))
     assert [len(image.things) for image in labels.images] == [1]
     assert set(placed(labels.images[0])) == {"nose", "tail"}  # 3: the object has no such point
     assert labels.images[0].things[0].box is None
-    assert labels.notes[0].startswith("2 annotations have no keypoints")
+    assert labels.notes[0].startswith("2 annotations are crowds")
     assert "99" in labels.notes[1]
+
+
+def test_coco_objects_with_a_box_alone(tmp_path: Path) -> None:
+    boxed = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 9, 9]}
+    labels = read_labels("coco", label_files.coco(tmp_path, [boxed, boxed | {"id": 2, "image_id": 2, "keypoints": [0] * 9}]))
+    assert [image.things for image in labels.images] == [(LabelledThing({}, (1, 2, 9, 9), "dog"),)] * 2
+    assert labels.names() == {"dog": []} and labels.notes == []
+
+
+def test_coco_without_a_visible_point_says_how_it_was_read(tmp_path: Path) -> None:
+    one = {"id": 1, "image_id": 1, "category_id": 1, "keypoints": [1, 2, 1, 3, 4, 1, 0, 0, 0]}
+    assert "every point has v=1, which was read as hidden" in read_labels("coco", label_files.coco(tmp_path, [one])).notes[0]
+    assert read_labels("coco", label_files.coco(tmp_path, [one, one | {"keypoints": [1, 2, 1, 3, 4, 2, 0, 0, 0]}])).notes == []
 
 
 @pytest.mark.parametrize(
@@ -113,6 +126,19 @@ def test_dlc_with_several_animals(tmp_path: Path) -> None:
     assert [set(thing.points) for thing in image.things] == [{"nose", "tail"}, {"nose"}, {"door"}]
 
 
+def test_dlc_points_that_no_animal_owns(tmp_path: Path) -> None:
+    """They are the animal's where the project has one; an image on which one of two is alone does not say whose they are."""
+    file = label_files.dlc_animals(tmp_path)
+    rows = [row.split(",") for row in file.read_text().split("\n")]
+    rows[-1][7:11] = [""] * 4
+    file.write_text("\n".join(map(",".join, rows)))
+    (image,) = read_labels("dlc", file).images
+    assert [set(thing.points) for thing in image.things] == [{"nose", "tail"}, {"door"}]
+    file.write_text("\n".join(",".join(row[:7] + row[11:]) for row in rows))
+    (image,) = read_labels("dlc", file).images
+    assert [set(thing.points) for thing in image.things] == [{"nose", "tail", "door"}]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [(lambda t: t.replace("ear,ear", "ear"), "different numbers of cells"),
@@ -161,6 +187,16 @@ def test_sleap_csv(tmp_path: Path) -> None:
     assert placed(labels.images[0]) == {"nose": (10.5, 12.5, 2), "tail": (20.5, 24.5, 2)}
     assert placed(labels.images[1]) == {"nose": (11.5, 13.5, 2)}
     assert "does not say which instances a person labelled" in labels.notes[0]
+
+
+def test_a_sleap_csv_is_called_as_its_video_or_its_file(tmp_path: Path) -> None:
+    file = label_files.sleap_csv(tmp_path)
+    for name, video in ((file.name, "video.csv"), ("p.v002.001_fly_2.cut.analysis.csv", "fly_2.cut.csv"), ("bees.csv", "bees.csv")):
+        assert {image.name for image in read_labels("sleap", file.rename(tmp_path / name)).images} == {video}
+        file = tmp_path / name
+    head, row, *_ = file.read_text().splitlines()
+    file.write_text(f"video,{head}\nwasps.mp4,{row}\n")
+    assert [image.name for image in read_labels("sleap", file).images] == ["wasps.mp4"]
 
 
 def test_bad_sleap_csv(tmp_path: Path) -> None:
@@ -231,6 +267,25 @@ def test_yolo(tmp_path: Path, dimensions: int) -> None:
     assert placed(first) == {"nose": (0.1, 0.2, 2), "tail": (0.3, 0.4, 1 if dimensions == 3 else 2), "ear": (0.5, 0.6, 2)}
     assert set(placed(found["images/val/b.png"])) == {"nose", "ear"}
     assert labels.names() == {"dog": ["nose", "tail", "ear"]}
+
+
+def test_yolo_objects_with_a_box_alone(tmp_path: Path) -> None:
+    file = label_files.yolo(tmp_path)
+    (tmp_path / "labels" / "val" / "b.txt").write_text("0 0.5 0.5 0.4 0.6 0 0 0 0 0 0 0 0 0\n0 0 0 0 0 0 0 0 0 0 0 0 0 0")
+    labels = read_labels("yolo", file)
+    (thing,) = by_name(labels)["images/val/b.png"].things
+    assert thing.points == {} and thing.box == pytest.approx((0.3, 0.2, 0.4, 0.6)) and labels.notes == []
+
+
+def test_yolo_folders_that_lie_beside_data_yaml_and_not_above(tmp_path: Path) -> None:
+    """As exports write them, and Ultralytics reads them."""
+    file = label_files.yolo(tmp_path / "set")
+    for part in ("images", "labels"):
+        (tmp_path / "set" / part).rename(tmp_path / "set" / f"old-{part}")
+        (tmp_path / "set" / "train").mkdir(exist_ok=True)
+        (tmp_path / "set" / f"old-{part}" / "train").rename(tmp_path / "set" / "train" / part)
+    file.write_text(file.read_text().replace("train: images/train", "train: ../train/images").replace("val: images/val\n", ""))
+    assert [image.name for image in read_labels("yolo", file).images] == ["train/images/a.png"]
 
 
 def test_yolo_whose_points_have_no_names(tmp_path: Path) -> None:

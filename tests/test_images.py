@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from backend import images as images_module
 from backend.guard import forbidden
 from backend.image_cache import ImageCache
 from backend.images import ImageFetcher
@@ -489,6 +493,34 @@ def test_a_body_without_a_known_end_is_kept_if_every_pixel_is_there(
     images = fetcher()
     assert images.fetch(UPLOAD) == images.fetch(UPLOAD) == body
     assert len(studio.requests) == requests
+
+
+COST = """
+import resource, sys
+from backend.images import _decodes
+jpeg = open(sys.argv[1], "rb").read()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert _decodes(jpeg) and not _decodes(jpeg[:-2000])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_whether_a_large_image_is_whole_costs_little(tmp_path: Path) -> None:
+    (tmp_path / "large.jpg").write_bytes(picture((6000, 5000)))  # 90 MB as RGB
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", COST, tmp_path / "large.jpg"], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 30_000  # kB; 400,000 with all its pixels as RGB
+
+
+def test_one_image_at_a_time_is_looked_at(tmp_path: Path) -> None:
+    with images_module._DECODING:
+        other = threading.Thread(target=images_module._decodes, args=(PICTURE,))
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+    other.join(5.0)
+    assert not other.is_alive()
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>login</html>", b"\x89PNG\r\n\x1a\n", b'{"detail": "no"}'])

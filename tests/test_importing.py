@@ -15,11 +15,11 @@ import pytest
 from sqlalchemy import select
 
 import label_files
-from backend.formats.labels import LabelledImage, LabelledPoint, LabelledThing
+from backend.formats.labels import LabelledImage, LabelledPoint, LabelledSet, LabelledThing
 from backend.formats.read import read_labels
 from backend.import_match import Matcher, image_files, is_unique, not_unique, parts_of, upload_name
 from backend.import_names import Target, map_names, parse_rename
-from backend.importing import Importer, regions_of
+from backend.importing import Importer, annotation_id, region_ids, regions_of
 from backend.tables import Annotation
 from backend_world import CONFIG, WITH_BOX, World, picture, region, world
 from kptllm_core.errors import InvalidInput, SchemaError, Unavailable
@@ -88,7 +88,8 @@ def test_coco_into_an_empty_project_and_a_second_run(here: World, studio: SmallL
     assert (plan.there, plan.annotate, plan.create, plan.left_out) == (2, {}, [], {})
     assert again.carry_out(plan) == 0
     assert len(said(here)) == 2
-    assert work.notes == Counter()
+    ((note, count),) = work.notes.items()
+    assert note.startswith("hidden points became visible ones") and '<Choice value="occluded"/>' in note and count == 1
 
 
 def test_tasks_that_are_there_are_matched_by_name(here: World, studio: SmallLabelStudio, tmp_path: Path) -> None:
@@ -138,11 +139,86 @@ def test_sleap_frames_find_their_images_by_number(here: World, studio: SmallLabe
     assert work.notes["boxes were drawn around the points, since the data set has none"] == 2
 
 
+def test_two_csvs_with_the_same_frames_are_two_videos(here: World, studio: SmallLabelStudio, tmp_path: Path) -> None:
+    for kind in ("flies", "bees"):
+        file = label_files.sleap_csv(tmp_path)
+        file.rename(tmp_path / f"{kind}.csv")
+        label_files.images(tmp_path / kind, f"{kind}_0003.png", f"{kind}_0017.png")
+        assert bring(here, "sleap", tmp_path / f"{kind}.csv", images=tmp_path / kind)[0] == 2
+    names = [t["data"]["image"].rpartition("-")[2] for t in studio.tasks.values()]
+    assert names == ["flies_0003.png", "flies_0017.png", "bees_0003.png", "bees_0017.png"]
+    for kind in ("flies", "bees"):
+        assert importer(here, "sleap", tmp_path / f"{kind}.csv", images=tmp_path / kind).plan().there == 2
+
+
+def test_what_an_earlier_version_imported_is_there(here: World, studio: SmallLabelStudio, tmp_path: Path) -> None:
+    """A CSV's frames had no video's name then."""
+    file = label_files.sleap_csv(tmp_path)
+    for number, frame in ((1, 3), (2, 17)):
+        studio._put(number, {"image": f"/data/upload/1/0a1b2c3d-fly_{frame:04}.png"})
+        studio.annotate(number, [region("nose", 1, 1, id=next(region_ids(1, named("", frame))))])
+    assert importer(here, "sleap", file).plan().there == 2
+    studio.tasks[1]["annotations"], studio.tasks[2]["annotations"] = studio.tasks[2]["annotations"], []
+    plan = importer(here, "sleap", file).plan()  # another image's annotation does not count
+    assert (plan.there, list(plan.annotate)) == (0, [2]) and "labelled already" in plan.left_out["frame 3 of video.csv"]
+
+
+def test_images_that_have_the_same_id_are_both_annotated(here: World, studio: SmallLabelStudio, tmp_path: Path) -> None:
+    """Two videos of one name: the file's name alone tells frames apart."""
+    label_files.images(tmp_path, "one/a_0003.png", "two/b_0003.png")
+    config = parse(WITH_BOX)
+    labels = LabelledSet([LabelledImage("v.mp4", image(None, ("nose", x, 9)).things, tmp_path / name, frame=3)
+                          for x, name in ((5, "one/a_0003.png"), (6, "two/b_0003.png"))])  # fmt: skip
+    work = Importer(here.services, 1, config, labels, target())
+    assert work.carry_out(work.plan()) == 2
+    assert [objects(studio, task)[0]["nose"][:2] for task in (1, 2)] == [(5, 9), (6, 9)]
+    again = Importer(here.services, 1, config, labels, target())
+    assert again.plan().there == 2
+    assert again._annotate(2, labels.images[1], is_new=False) is False  # known by the annotation that the task has
+    assert studio._unique == {str(annotation_id(1, labels.images[0])), str(annotation_id(1, labels.images[0], 2))}
+
+
+def test_a_task_that_shows_an_image_of_another_shape_is_left_out(here: World, studio: SmallLabelStudio, tmp_path: Path) -> None:
+    for number, size in ((1, (48, 48)), (2, (128, 96))):
+        studio._put(number, {"image": f"/data/upload/1/0a1b2c3d-{'ab'[number - 1]}.png"})
+        here.studio.routes[f"/data/upload/1/0a1b2c3d-{'ab'[number - 1]}.png"] = Answer(body=picture(number, size))
+    work = importer(here, "coco", label_files.coco(tmp_path))
+    plan = work.plan()
+    assert work.carry_out(plan) == 1
+    assert plan.left_out == {"a.png": "its labels are for an image of 64 × 48 pixels, but it has 48 × 48"}
+    (nose, *_) = (r["value"] for r in studio.tasks[2]["annotations"][0]["result"] if r["type"] == "keypointlabels")
+    assert (nose["x"], nose["y"]) == pytest.approx((100 * 11 / 64, 100 * 13 / 48))  # the same picture in another resolution
+
+
+def test_objects_with_a_box_alone_become_rectangles(here: World, tmp_path: Path) -> None:
+    boxed = {"image_id": 1, "category_id": 1, "bbox": [32, 24, 16, 12], "keypoints": [0] * 9}
+    posed = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 30, 40], "keypoints": [10, 12, 2, 0, 0, 0, 0, 0, 0]}
+    file = label_files.coco(tmp_path, [boxed | {"id": 1}, posed | {"id": 2}, boxed | {"id": 3, "image_id": 2}])
+    studio = label_studio_of(here, WITH_BOX)
+    assert bring(here, "coco", file)[0] == 2
+    assert objects(studio, 1) == [{"nose": (10, 12, 2)}] and objects(studio, 2) == []
+    read = [read_result(parse(WITH_BOX).controls[0], studio.tasks[task]["annotations"][0]["result"]).boxes for task in (1, 2)]
+    assert [[b.box.tolist() for b in boxes] for boxes in read] == [[[0, 0, 30, 40], [32, 24, 16, 12]], [[32, 24, 16, 12]]]
+    assert importer(here, "coco", file).plan().there == 2
+
+
+def test_boxes_alone_are_counted_where_the_label_config_has_no_box_control(here: World, tmp_path: Path) -> None:
+    label_studio_of(here)
+    boxed = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [32, 24, 16, 12]}
+    posed = {"id": 2, "image_id": 1, "category_id": 1, "keypoints": [10, 12, 2, 0, 0, 0, 0, 0, 0]}
+    work = importer(here, "coco", label_files.coco(tmp_path, [boxed, posed, boxed | {"id": 3, "image_id": 2}]), CONFIG)
+    plan = work.plan()
+    assert work.carry_out(plan) == 1
+    assert work.notes == {"objects have a box and no point, and were left out, since no box control goes with 'kp'": 2}
+    assert plan.left_out == {"b.png": "none of its points can be placed"}
+
+
 def test_yolo_with_two_objects_and_a_hidden_point(here: World, tmp_path: Path) -> None:
     config = WITH_BOX.replace("</View>", '<Choices name="hidden" toName="image" perRegion="true"><Choice value="occluded"/></Choices></View>')
     studio = label_studio_of(here, config)
     work = importer(here, "yolo", label_files.yolo(tmp_path), config)
     work.carry_out(work.plan())
+    assert work.notes == Counter()
     dogs = objects(studio, 1, config)
     assert dogs[0] == dogs[1] == {"nose": (6.4, 9.6, 2), "tail": (19.2, 19.2, 1), "ear": (32, 28.8, 2)}
     boxes = [b.box.tolist() for b in read_result(parse(config).controls[0], studio.tasks[1]["annotations"][0]["result"]).boxes]
@@ -163,6 +239,20 @@ def test_new_tasks_by_address(here: World, studio: SmallLabelStudio, tmp_path: P
     bring(here, "coco", label_files.coco(tmp_path), image_url=f"{here.studio.url}/data/local-files/")
     assert [t["data"]["image"] for t in studio.tasks.values()] == [f"{here.studio.url}/data/local-files/{n}" for n in ("a.png", "b.png")]
     assert len(said(here)) == 2
+
+
+def test_new_tasks_by_address_show_images(here: World, studio: SmallLabelStudio, tmp_path: Path) -> None:
+    label_files.images(tmp_path / "frames", "sub/fly_0003.png")
+    work = importer(here, "sleap", label_files.sleap_csv(tmp_path), images=tmp_path / "frames", image_url="https://h/frames/")
+    plan = work.plan()
+    work.carry_out(plan)
+    assert [t["data"]["image"] for t in studio.tasks.values()] == ["https://h/frames/fly_0003.png"]  # not the video
+    assert list(plan.left_out) == ["frame 17 of video.csv"]
+    file = label_files.yolo(tmp_path / "yolo")
+    for name in ("train/a.png", "val/b.png"):
+        (tmp_path / "yolo" / "images" / name).unlink()
+    plan = importer(here, "yolo", file, image_url="https://h/").plan()
+    assert plan.create == [] and "'labels/train/a' does not end as images do" in plan.left_out["labels/train/a"]
 
 
 def test_interrupted_anywhere_a_second_run_completes_it(here: World, studio: SmallLabelStudio, tmp_path: Path) -> None:
@@ -312,6 +402,7 @@ def named(name: str, frame: int | None = None) -> LabelledImage:
 
 
 def test_matching_by_name() -> None:
+    """Without a data set whose folders are those of the tasks, folders only tell equal names apart."""
     tasks = Matcher([(1, "/data/upload/1/0a1b2c3d-my_photo_1.jpg"), (2, "s3://b/v1/img1.png"), (3, "s3://b/v2/img1.png"), (4, "s3://b/v1/img2.png"),
                      (5, "/data/upload/1/0a1b2c3d-v3_img1.png"), (6, "https://h/a.png"), (7, "https://h/b/a.png")])  # fmt: skip
     assert tasks.find(named("my photo (1).jpg")) == (1, "")  # that is what Label Studio makes of it
@@ -326,17 +417,44 @@ def test_matching_by_name() -> None:
     assert tasks.find(named(""))[0] is None
 
 
-def test_matching_by_frame() -> None:
+def test_an_image_in_another_folder_is_another_image() -> None:
+    tasks = [(1, "/data/local-files/?d=data/videoB/img017.png"), (2, "s3://b/videoA/img018.png"), (3, "https://h/data/img019.png")]
+    images = [named(f"data/videoA/img{number:03}.png") for number in (17, 18, 19)]
+    found = [Matcher(tasks, images).find(one) for one in images]
+    assert found == [(None, "the task's image lies in another folder: data/videoB/img017.png"), (2, ""), (3, "")]
+    assert Matcher(tasks[:1], [named("elsewhere/img017.png")]).find(named("elsewhere/img017.png")) == (1, "")  # folders say nothing there
+
+
+def test_names_as_an_upload_changes_them_are_those_of_uploads_only() -> None:
+    tasks = Matcher([(1, "s3://b/img1.jpg"), (2, "/data/upload/1/0a1b2c3d-img2.jpg"), (3, "s3://b/a b(1).jpg"), (4, "s3://b/ba\u0308r.jpg")])
+    assert tasks.find(named("img(1).jpg")) == (None, "")
+    assert tasks.find(named("img(2).jpg")) == (2, "")
+    assert tasks.find(named("a b(1).jpg")) == (3, "") and tasks.find(named("a_b1.jpg")) == (None, "")
+    assert tasks.find(named("b\u00e4r.jpg")) == (4, "")
+
+
+def test_matching_by_frame(tmp_path: Path) -> None:
+    images = [named("fly1.mp4", 3), named("fly2.mp4", 3), named("fly3.mp4", 9), named("", 3)]
     tasks = Matcher([(1, "s3://b/fly1/frame_0003.png"), (2, "s3://b/fly2/frame_0003.png"), (3, "s3://b/fly1/x7_0004.png"),
-                     (4, "/data/upload/1/0a1b2c3d-fly10_0009.png"), (5, "/data/upload/1/0a1b2c3d-fly1_0009.png")])  # fmt: skip
+                     (4, "/data/upload/1/0a1b2c3d-fly10_0009.png"), (5, "/data/upload/1/0a1b2c3d-fly1_0009.png")], images)  # fmt: skip
     assert tasks.find(named("fly2.mp4", 3)) == (2, "")
     assert tasks.find(named("fly1.mp4", 9)) == (5, "")
     assert tasks.find(named("fly3.mp4", 9)) == (None, "")
-    two = Matcher([(1, "/data/upload/1/0a1b2c3d-my_fly_0009.png"), (2, "/data/upload/1/0a1b2c3d-a_0009.png")])
-    assert two.find(named("my_fly.mp4", 9)) == (1, "")
+    assert tasks.find(named("fly2.mp4", 4)) == (None, "")  # the only image of that number is one of fly1
     assert tasks.find(named("", 4)) == (3, "")
     assert tasks.find(named("", 3))[1].startswith("2 images have the number 3")
     assert tasks.find(named("", 5)) == (None, "")
+    known = LabelledImage("fly1.mp4", (), tmp_path / "x7_0004.png", frame=3)
+    assert tasks.find(known) == (3, "")  # its file says more than its number
+
+
+def test_whose_frame_a_name_says(tmp_path: Path) -> None:
+    addresses = [(1, "/data/upload/1/0a1b2c3d-my_fly_0009.png"), (2, "/data/upload/1/0a1b2c3d-a_0009.png"), (3, "s3://b/my fly_2/0010.png")]
+    two = Matcher(addresses, [named("my fly.mp4", 9), named("my fly_2.mp4", 9)])
+    assert two.find(named("my fly.mp4", 9)) == (1, "")
+    assert two.find(named("my fly.mp4", 10)) == (None, "") and two.find(named("my fly_2.mp4", 10)) == (3, "")
+    none = Matcher(addresses[1:], [named("bee.mp4", 9)])  # no name says any of these videos
+    assert none.find(named("bee.mp4", 9)) == (2, "")
 
 
 def test_names_for_uploads(tmp_path: Path) -> None:

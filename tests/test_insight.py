@@ -14,11 +14,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from backend import ranking
-from backend.anchoring import is_unaided
+from backend.anchoring import Look, anchoring, is_unaided
 from backend.calibration import Calibration
 from backend.reports import Reports
 from backend.tables import Predicted
 from backend_world import CONFIG, World, region, world
+from label_config.schema import parse
 from small_server import Answer, Request, reply
 
 LEFT_RIGHT = CONFIG.replace('"tail"', '"left_ear"').replace('"ear"', '"right_ear"')
@@ -52,7 +53,7 @@ def get(here: World, path: str) -> dict[str, Any]:
     return dict(answer.get_json())
 
 
-def submit(here: World, number: int, result: list[dict[str, Any]], **more: Any) -> None:
+def submit(here: World, number: int, result: list[dict[str, Any]], about: dict[str, Any] | None = None, **more: Any) -> None:
     body = {
         "id": 1000 + number,
         "task": number,
@@ -60,7 +61,7 @@ def submit(here: World, number: int, result: list[dict[str, Any]], **more: Any) 
         "completed_by": 1,
         "updated_at": "2026-01-01T00:00:00Z",
     }
-    answer = here.webhook("ANNOTATION_CREATED", annotation=body | more, task=here.task(number))
+    answer = here.webhook("ANNOTATION_CREATED", annotation=body | more, task=about or here.task(number))
     assert answer.status_code == 200
 
 
@@ -152,6 +153,16 @@ def test_a_share_of_tasks_is_served_empty_and_held_against_the_others(tmp_path: 
         assert here.predict(task(here, number), context=drawn)[0]["result"]
 
 
+def test_a_video_is_one_sample_of_what_people_lean_on(here: World) -> None:
+    rng = np.random.default_rng(0)
+    looks = [Look(n, n % 2 == 0, rng.uniform(0.0, 0.1, 4) + 0.02 * (n % 2 == 0), None) for n in range(200)]
+    alone = anchoring(looks, 0.05, {n: f"task={n}" for n in range(200)})["difference"]["distance"]
+    by_video = anchoring(looks, 0.05, {n: f"video={n // 20}" for n in range(200)})["difference"]["distance"]
+    assert alone["mean"] == by_video["mean"] and alone != by_video
+    told = anchoring(looks, 0.05, {n: f"video={n // 50}" for n in range(200)})
+    assert told["difference"] is None and "of different videos or subjects" in told["said"]
+
+
 def test_without_both_kinds_no_difference_is_told(here: World) -> None:
     told = get(here, "/anchoring")
     assert told["difference"] is None and "0 images" in told["said"] and told["share"] == 0.0
@@ -170,6 +181,18 @@ def test_the_least_sure_come_first_and_repetitions_last(here: World) -> None:
     submit(here, 2, [region("nose", 10.0, 10.0)])
     told = get(here, "/next?limit=1")
     assert told["unlabelled"] == 3 and len(told["tasks"]) == 1
+
+
+def test_what_somebody_has_dealt_with_or_deleted_is_not_asked_for_again(here: World) -> None:
+    here.predict(*(task(here, n) for n in range(1, 6)))
+    assert get(here, "/next")["unlabelled"] == 5
+    submit(here, 1, [])
+    submit(here, 2, [], was_cancelled=True)
+    submit(here, 3, [region("nose", 10.0, 10.0)])
+    here.webhook("ANNOTATIONS_DELETED", annotations=[{"id": 1003}])
+    assert {t["task"] for t in get(here, "/next")["tasks"]} == {3, 4, 5}
+    here.webhook("TASKS_DELETED", tasks=[{"id": 4}])  # nobody ever labelled it
+    assert {t["task"] for t in get(here, "/next")["tasks"]} == {3, 5}
 
 
 def test_of_many_tasks_only_the_first_are_read_and_all_are_counted(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +250,37 @@ def test_calibration_is_fitted_on_images_that_the_version_had_not_learned_from(h
     assert 0.2 < here.predict(task(here, 90))[0]["score"] < 0.5
 
 
+def test_calibration_is_judged_on_other_videos(here: World) -> None:
+    for n in range(1, 21):
+        video = task(here, n)
+        video["data"]["video"] = "all of one"
+        (prediction,) = here.predict(video)
+        submit(here, n, edited(prediction, {"nose": 30.0, "tail": -30.0}), about=video)
+    told = get(here, "/calibration")
+    assert told["raw"]["points"] == 60 and told["calibrated"] == told["raw"], "there is no other video to fit the map on"
+
+
+def test_what_the_version_that_serves_predicted_is_ranked_and_calibrated(here: World) -> None:
+    """It may be an older one: after a roll back."""
+    here.predict(task(here, 1), task(here, 2), task(here, 3))
+    first = here.status()["model_version"]
+    submit(here, 9, [region("nose", 10.0, 10.0)])
+    (later,) = here.predict(task(here, 1))
+    here.client.post(f"/projects/1/versions/{first}/pin")
+    assert later["model_version"] != first == get(here, "/next")["tasks"][0]["model_version"]
+
+    def change(session: Session) -> None:
+        for row in session.scalars(select(Predicted).where(Predicted.task == 1)):
+            row.controls = {key: {**c, "scores": [0.25 * row.version]} for key, c in (row.controls or {}).items()}
+
+    here.services.journal.write(change)
+    submit(here, 1, [region("nose", 10.0, 10.0)])
+    with here.services.journal.reading() as session:
+        served, other = sorted(r.version for r in session.scalars(select(Predicted).where(Predicted.task == 1)))
+        judged = ranking.judged_points(session, "1", parse(CONFIG), 0.05)
+    assert served < other and set(judged.score) == {0.25 * served} and set(judged.group) == {"task=1"}
+
+
 # ---------------------------------------------------------------- agreement
 
 
@@ -239,6 +293,16 @@ def test_disagreement_per_keypoint_of_tasks_with_several_annotations(here: World
     assert (told["images"], told["annotators"]) == (1, 2)
     assert told["points"]["tail"]["median"] == 0.0 and told["points"]["nose"]["median"] > 0.2
     assert told["points"]["ear"]["pairs"] == 0
+
+
+def test_copies_and_what_nobody_made_are_no_second_opinion(here: World) -> None:
+    result = [region("nose", 10.0, 50.0)]
+    submit(here, 1, result)
+    submit(here, 1, result, id=50, completed_by=2, parent_annotation=1001)
+    submit(here, 1, [region("nose", 30.0, 50.0)], id=51, completed_by=None)
+    assert get(here, "/agreement")["controls"]["kp:image"]["images"] == 0
+    submit(here, 1, result, id=52, completed_by=3)
+    assert get(here, "/agreement")["controls"]["kp:image"]["all"]["pairs"] == 1
 
 
 # ---------------------------------------------------------------- label quality
@@ -319,6 +383,22 @@ def test_findings_are_marked_in_label_studio_and_taken_away_again(tmp_path: Path
         assert "label_check" not in bodies[7]["data"]
 
 
+def test_more_findings_are_marked_than_a_page_shows(tmp_path: Path) -> None:
+    with world(tmp_path, min_train=100, label_studio_api_key="a" * 40) as here:
+        here.setup()
+        submit(here, 1, [region("nose", 10.0, 10.0)])
+        get(here, "/quality")
+        kept = here.services.journal.fact("report-quality:1")
+        finding = {"kind": "far_off", "points": ["nose"], "confidence": 0.9}
+        found = [{**finding, "id": f"{n:016}", "task": 7 if n < 350 else 8} for n in range(351)]
+        here.services.journal.set_fact("report-quality:1", {**kept, "report": {**kept["report"], "findings": found}})
+        bodies = [{"id": n, "data": {"image": f"/data/upload/1/{n}.png"}, "updated_at": "2026-01-01T00:00:00Z"} for n in (7, 8)]
+        here.serve_api(bodies)
+        for body in bodies:
+            here.studio.routes[f"/api/tasks/{body['id']}/"] = reply(body)
+        assert here.client.post("/projects/1/quality/mark").get_json()["marked"] == 2
+
+
 def test_marking_without_a_token_is_refused_in_words(here: World) -> None:
     answer = here.client.post("/projects/1/quality/mark")
     assert answer.status_code == 400 and "LABEL_STUDIO_API_KEY" in answer.get_json()["error"]["message"]
@@ -356,6 +436,12 @@ def test_reports_are_kept_and_made_anew_when_something_changed(here: World, monk
     assert reports.get("effort", "1") == {"n": 2, "stale": True}
     reports.turn("1")
     assert reports.get("effort", "1") == {"n": 3, "stale": False}
+    # One that was quick on few images need not be so on many more, as after an import.
+    monkeypatch.setattr("backend.reports.FEW", 3)
+    here.label(*range(3, 8))
+    assert reports.get("effort", "1") == {"n": 3, "stale": True}
+    Reports(here.services).turn("1")
+    assert reports.get("effort", "1") == {"n": 4, "stale": False}
 
 
 def test_unknown_projects_and_odd_limits_are_told(here: World) -> None:

@@ -227,6 +227,19 @@ def test_points_that_lay_there_without_a_box_get_the_drawn_one(here: World, call
     assert given(calls[-1]) == {"nose": [32.0, 24.0]}
 
 
+HIDDEN = WITH_BOX.replace("</View>", '<Choices name="hidden" toName="image" perRegion="true"><Choice value="occluded"/></Choices></View>')
+
+
+@pytest.mark.parametrize("drawn", [click("nose", 30.0, 30.0), rectangle(25, 25, 50, 50, id="new")], ids=["moved", "sent again"])
+def test_a_point_that_a_person_marked_as_hidden_stays_hidden(here: World, drawn: Region) -> None:
+    nose = point("nose", 50, 50, "manual")
+    hidden = {**nose, "from_name": "hidden", "type": "choices", "value": {"x": 50, "y": 50, "width": 0.5, "choices": ["occluded"]}}
+    boxes = [rectangle(20, 20, 60, 60, id="box")] if drawn["type"] == "keypointlabels" else []
+    answer = draw(here, drawn, config=HIDDEN, **on_page(*boxes, nose, hidden, point("tail", 60, 60, "manual")))
+    (choice,) = (r for r in answer["result"] if r["type"] == "choices")
+    assert choice["id"] == by_label(answer)["nose"]["id"] == "nose" and choice["value"]["choices"] == ["occluded"]
+
+
 def test_a_rotated_rectangle_is_asked_by_its_hull_and_stays_rotated(here: World, calls: list[dict[str, Any]]) -> None:
     drawn = rectangle(50, 25, 25, 50, id="new")
     drawn["value"]["rotation"] = 90

@@ -23,7 +23,8 @@ from sqlalchemy.orm import Session
 from backend import split
 from backend.intake import annotation_row, id_of, project_of, task_row, updated_us
 from backend.journal import Journal
-from backend.tables import Annotation, Group
+from backend.served import keep_served
+from backend.tables import Annotation, Group, Predicted
 from backend_world import CONFIG, WITH_BOX, region
 from journal_database import journal_url, on_sqlite
 from kptllm_core.errors import ArtifactError, Conflict, InvalidInput, NotFound, Unavailable
@@ -147,6 +148,14 @@ def test_deleted_tasks_take_their_annotations_along(journal: Journal) -> None:
     record(journal, (1, body(1)), (2, body(2)))
     assert journal.delete_tasks("1", [1]) == 1
     assert [c.task for c in journal.candidates("1")] == [2]
+
+
+def test_deleted_tasks_take_their_predictions_along_also_where_nobody_labelled_them(journal: Journal) -> None:
+    record(journal, (1, body(1)))
+    keep_served(journal, journal.active("1"), {1: ({}, 0.5), 2: ({}, 0.5), 3: ({}, 0.5)})
+    assert journal.delete_tasks("1", [1, 2]) == 1
+    with journal.reading() as session:
+        assert session.scalars(select(Predicted.task)).all() == [3]
 
 
 @pytest.mark.parametrize(

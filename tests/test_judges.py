@@ -15,8 +15,10 @@ def image(pck: float, error: float) -> dict[str, Any]:
     return {"pck": pck, "error": error, "beyond": max(error - 0.02, 0.0)}
 
 
-def pairs(version: list[tuple[float, float]], previous: list[tuple[float, float]]) -> list[Pair]:
-    return [Pair(image(*a), image(*b)) for a, b in zip(version, previous, strict=True)]
+def pairs(version: list[tuple[float, float]], previous: list[tuple[float, float]], each: int = 1) -> list[Pair]:
+    """each: how many images, one after the other, are one group."""
+    both = zip(version, previous, strict=True)
+    return [Pair(image(*a), image(*b), f"video={n // each}") for n, (a, b) in enumerate(both)]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,22 @@ def test_a_clear_difference_is_seen_on_both_sides() -> None:
     assert figures["images"] == 12 and figures["pck@0.05"]["interval"][1] < 0 < figures["error"]["interval"][0]
     assert "on the same 12 images" in said and "99.4 % intervals" in said
     assert verdict(pairs(good, bad), 40)[0] == "version"
+
+
+def test_frames_of_one_video_are_one_sample() -> None:
+    """Twelve videos that differ by chance, ten frames each, which are alike: as frames they are told apart, as videos they are not."""
+    by_video = np.linspace(-0.1, 0.2, 12)
+    version, previous = [(0.5, 0.1)] * 120, [(0.5 + float(d), 0.1) for d in by_video.repeat(10)]
+    assert verdict(pairs(version, previous), 120)[0] == "previous"
+    better, figures, said = verdict(pairs(version, previous, each=10), 120)
+    assert better == "" and (figures["images"], figures["groups"]) == (120, 12)
+    assert figures["pck@0.05"]["difference"] == pytest.approx(-by_video.mean(), abs=1e-4)
+    assert "on the same 120 images of 12 groups PCK@0.05" in said
+
+
+def test_fewer_groups_than_a_look_takes_decide_nothing() -> None:
+    good, bad = [(1.0, 0.0)] * 40, [(0.0, 0.5)] * 40
+    assert verdict(pairs(bad, good, each=5), 40)[0] == "" != verdict(pairs(bad, good, each=4), 40)[0]
 
 
 def test_what_people_let_pass_is_no_difference() -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import certifi
 import pytest
@@ -143,6 +144,8 @@ def test_versions_can_be_served_pinned_and_rolled_back(made: Beetles) -> None:
     page = html(made.here, "/projects/1/view/versions")
     status = made.here.status()
     assert f'aria-label="Roll back to {status["previous"]}"' in page
+    assert f'data-body="{{&#34;from&#34;: &#34;{status["model_version"]}&#34;}}"' in page
+    assert re.search(r"Right on the next images \d+ % mean over \d+ images", words(page))
     actions = re.findall(r'<form method="post" action="([^"]*)"', page)
     assert {a.rpartition("/")[2] for a in actions} == {"rollback", "pin", "activate"}
     # A button is the same one when a newer version comes above it: its id is of the version that it is about.
@@ -198,6 +201,72 @@ def test_what_no_longer_fits_the_label_config_is_listed(tmp_path: Path) -> None:
         assert "it learned tail, which the config lacks" in said and "tail (12 points)" in said
 
 
+def test_what_was_frozen_under_an_older_config_is_drawn(tmp_path: Path) -> None:
+    with world(tmp_path) as here:
+        here.label(*range(1, 13))
+        here.play_round()
+        page = "/projects/1/view/compare"
+        here.client.post("/projects/1/compare")
+        here.tick_until(lambda: here.client.get("/projects/1/compare").get_json()["compared"] == 5)
+        pair = {side: here.client.get("/projects/1/compare").get_json()[side]["model_version"] for side in ("a", "b")}
+        more = CONFIG.replace("<Label", '<Label value="paw"/><Label', 1).replace('smart="true"', 'smart="true" model_skeleton="ear-paw,ear-nose"')
+        here.webhook("PROJECT_UPDATED", config=more)
+        assert '<circle class="over"' in html(here)
+        answer = here.client.get(page, query_string=pair, headers={"Accept": "text/html"})
+        assert answer.status_code == 200
+        assert answer.get_data(as_text=True).count('class="bone"') == 2 * 5, "ear to nose; nobody predicted a paw"
+
+
+def test_the_labels_of_a_large_project_are_checked_in_the_background(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backend.reports.FEW", 2)
+    here.label(1, 2, 3)
+    assert "checked for the first time; this page fills by itself" in words(html(here, "/projects/1/view/labels"))
+    assert "Examples in use" in html(here)
+    for path in ("quality", "quality/mark"):
+        answer = here.client.open(f"/projects/1/{path}", method="POST" if path.endswith("mark") else "GET")
+        assert answer.status_code == 503 and answer.headers["Retry-After"] == "60"
+    for _ in range(6):
+        here.keeper.tick()
+    assert "3 labelled objects were checked" in words(html(here, "/projects/1/view/labels"))
+
+
+def test_of_many_findings_the_page_says_how_many_there_are(here: World) -> None:
+    here.label(1)
+    here.client.get("/projects/1/quality")
+    kept = here.services.journal.fact("report-quality:1")
+    finding = {"task": 1, "annotation": 1001, "object": 0, "control": "kp:image", "points": ["nose"], "confidence": 0.9, "reason": "So."}
+    finding |= {"skeleton": [], "picture": {"labelled": {}, "suggested": {}, "box": None, "size": None}}
+    found = [finding | {"id": f"{n:016}", "kind": "far_off" if n % 4 else "missing"} for n in range(400)]
+    here.services.journal.set_fact("report-quality:1", {**kept, "report": {**kept["report"], "findings": found}})
+    here.client.post("/projects/1/quality/dismiss", json={"finding": f"{1:016}"})
+    said = words(html(here, "/projects/1/view/labels?limit=300"))
+    assert "300 of 399" in said and "All (399)" in said and "Left out (100)" in said and "1 were dismissed" in said
+    assert "Show more" not in said
+    assert "12 of 299 · Show more" in words(html(here, "/projects/1/view/labels?kind=far_off"))
+    assert len(here.client.get("/projects/1/quality").get_json()["findings"]) == 399
+
+
+def test_of_several_controls_each_is_named_and_the_figures_stand_once(tmp_path: Path) -> None:
+    second = '<KeyPointLabels name="kq" toName="image"><Label value="wing"/></KeyPointLabels></View>'
+    with world(tmp_path) as here:
+        here.webhook("PROJECT_UPDATED", config=CONFIG.replace("</View>", second))
+        annotations = [here.annotation(n) for n in range(1, 13)]
+        here.webhook("ANNOTATIONS_CREATED", config=None, annotation=annotations, task=[here.task(n) for n in range(1, 13)])
+        here.play_round()
+        here.client.post("/projects/1/compare")
+        here.tick_until(lambda: here.client.get("/projects/1/compare").get_json()["compared"] == 5)
+        page = html(here, "/projects/1/view/compare")
+        assert len(re.findall(r"Task \d+</a>: <code>kp:image</code>", page)) == len(re.findall(r"Task \d+</a>: <code>kq:image</code>", page)) == 5
+        assert page.count("<figcaption>") == page.count("points right of all controls") == 2 * 5
+
+
+def test_a_message_begins_with_a_capital_letter_and_keeps_its_others(here: World) -> None:
+    here.label(*range(1, 13))
+    here.client.post("/projects/1/start", json={})
+    here.rounds._update(here.status()["job"]["job"], message="waiting: Label Studio says HTTP 502.")
+    assert "Waiting: Label Studio says HTTP 502." in words(html(here, "/projects/1/view/now"))
+
+
 # ---------------------------------------------------------------- how it is made
 
 
@@ -226,7 +295,7 @@ def test_the_page_is_behind_the_same_login(tmp_path: Path) -> None:
 
 def test_another_sites_page_cannot_start_a_round(here: World) -> None:
     for origin in ("http://evil.example", "null"):
-        assert here.client.post("/projects/1/start", json={}, headers={"Origin": origin}).status_code == 401
+        assert here.client.post("/projects/1/start", json={}, headers={"Origin": origin}).status_code == 403
     assert here.client.get("/").headers["Referrer-Policy"] == "same-origin"  # no-referrer would send `null` from here, too
 
 
@@ -336,6 +405,26 @@ def test_without_training_there_is_round_0_and_the_axis_says_what_that_is() -> N
     for first, said in ((0, "round (0: only the examples)"), (1, "round")):
         drawn = charts.curve([charts.Line("a", "judge", [(first, 0.5, "", True), (first + 1, 0.6, "", True)])])
         assert drawn and drawn["axis"] == said and [t["text"] for t in drawn["ticks"]] == [str(first), str(first + 1)]
+
+
+def test_a_round_starts_from_the_version_that_it_was_trained_from() -> None:
+    """Rounds 1 and 2 failed; round 3 starts from the examples alone, round 5 from round 3."""
+    def version(number: int, parent: str | None, before: float | None = None, after: float | None = None) -> dict[str, Any]:
+        judged = {"before": before and {"pck": {"0.05": before}}, "after": after and {"pck": {"0.05": after}}}
+        return {"model_version": f"r{number}", "round": number, "parent": parent, "promoted": True, **judged}
+
+    status = {"versions": [version(0, None), version(3, "r0", 0.3, 0.5), version(5, "r3", 0.5, 0.6)]}
+    rows = charts.accuracy(status, {"versions": []}, {"controls": {}})["rows"]
+    assert [(r["round"], r["heldout"]) for r in rows] == [(0, 0.3), (3, 0.5), (5, 0.6)]
+    gone = {"versions": [version(3, "somewhere", 0.3, 0.5)]}
+    assert [r["round"] for r in charts.accuracy(gone, {"versions": []}, {"controls": {}})["rows"]] == [0, 3]
+
+
+def test_bones_join_names_wherever_they_stand() -> None:
+    points = {"names": ["tail", "nose"], "xy": [[1, 2], [3, 4]], "visibility": [2, 2]}
+    for drawing in (overlays.versus((10, 10), [], [points], [("nose", "tail"), ("nose", "ear")]),
+                    overlays.example((10, 10), points, [("nose", "tail"), ("nose", "ear")])):  # fmt: skip
+        assert drawing["bones"] == [{"x1": 3.0, "y1": 4.0, "x2": 1.0, "y2": 2.0}]
 
 
 def test_a_suspicion_is_looked_at_closely_and_inside_the_image() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from backend.evidence import Subject, weigh
+from backend import quality
+from backend.evidence import START, Subject, Weights, weigh
+from backend.pairs import PairModel
 from backend.quality import FAR_OFF, MISNAMED, MISSING, SWAPPED, find
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 
@@ -131,6 +135,28 @@ def test_the_model_alone_finds_exchanges_where_few_are_labelled() -> None:
     cats = subjects(4, predict=True)
     cats[1] = changed(cats[1], {"left_paw": "right_paw", "right_paw": "left_paw"})
     assert [(f.subject.task, f.points) for f in find(cats, SCHEMA)] == [(1, ("left_paw", "right_paw"))]
+
+
+def test_many_objects_cost_time_and_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "AT_ONCE", 60 * len(NAMES) ** 2)
+    peaks = []
+    for count in (60, 240):
+        cats = subjects(count, predict=True)
+        cats[7] = changed(cats[7], {"left_eye": "right_eye", "right_eye": "left_eye"})
+        tracemalloc.start()
+        found = find(cats, SCHEMA)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert [(f.subject.task, f.points) for f in found] == [(7, ("left_eye", "right_eye"))]
+    assert peaks[1] < 1.2 * peaks[0], peaks
+
+
+def test_of_the_sets_of_exchanged_pairs_only_what_they_say_is_kept() -> None:
+    cost = np.ones((20, 20)) - np.eye(20)
+    verdict = PairModel(None, cost, [(2 * n, 2 * n + 1) for n in range(10)]).judge(0, Weights(START, 0.02), Weights(START, 0.005))
+    arrays = [getattr(verdict, f.name) for f in dataclasses.fields(verdict)]
+    assert sum(a.nbytes if a.base is None else a.base.nbytes for a in arrays if isinstance(a, np.ndarray)) < 1000
+    assert verdict.anything < 0.5 and not verdict.likeliest.any()
 
 
 def test_a_witness_who_guesses_gets_no_weight() -> None:

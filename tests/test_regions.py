@@ -239,6 +239,35 @@ def test_a_point_that_is_not_placed_is_absent_only_where_the_config_says_so() ->
     assert from_result(kp, []) == from_result(kp, [rectangle("b", 0, 0, 9, 9)]) == []
 
 
+A, B = rectangle("a", 0, 0, 50, 50), rectangle("b", 20, 20, 60, 60)
+UNCLEAR = {
+    "in several boxes": [region("nose", 30, 30)],
+    "in no box": [region("nose", 90, 90)],
+    "tied to several": [region("nose", 5, 5, id="n"), {"type": "relation", "from_id": "n", "to_id": "a"},
+                        {"type": "relation", "from_id": "n", "to_id": "b"}],
+    "outside of the image": [region("nose", 5, 101)],
+    "drawn on a turned image": [region("nose", 5, 5, original_width=H, original_height=W)],
+    "twice on an object": [region("nose", 5, 5, parentID="a"), region("nose", 9, 9, parentID="a")],
+    "the parent is gone": [region("nose", 90, 90, parentID="x")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_no_object_lacks_a_point_that_is_not_clear(name: str) -> None:
+    _, kp = one(config_xml('model_missing="absent"'))
+    eyes = [region("left_eye", 5, 5, parentID="a"), region("left_eye", 70, 70, parentID="b")]
+    read = read_result(kp, [A, B, *eyes, *UNCLEAR[name]], W, H)
+    told = {o.box.region_id: o.keypoints.visibility.tolist() for o in read.objects if o.box}
+    assert told == {box: [Visibility.NOT_LABELLED, Visibility.VISIBLE, Visibility.ABSENT] for box in "ab"}
+    assert read.problems and all((o.keypoints.visibility != Visibility.ABSENT).all() for o in read.objects if not o.box)
+
+
+def test_a_point_at_the_edge_is_not_lost_by_rounding() -> None:
+    _, kp = one(NO_BOX)
+    read = read_result(kp, [region("nose", -0.5, 100.5), region("left_eye", 100.0001, -1e-9)])
+    assert read.problems == () and read.objects[0].keypoints.xy[:2].tolist() == [[0, H], [W, 0]]
+
+
 def test_the_loaded_image_decides_on_pixels() -> None:
     _, kp = one(NO_BOX)
     assert from_result(kp, [region("nose")], 1280, 960)[0].xy[0].tolist() == [128, 192]
@@ -315,6 +344,24 @@ def test_parents_that_are_points_chains_loops_or_gone() -> None:
     assert len(read_result(kp, loop).objects) >= 1
 
 
+def test_points_whose_parent_is_gone_go_to_the_box_that_holds_them() -> None:
+    _, kp = one(WITH_BOX)
+    a, b = rectangle("a", 0, 0, 40, 40), rectangle("b", 50, 50, 40, 40)
+    eyes = [region("left_eye", 5, 5, parentID="x"), region("right_eye", 9, 9, parentID="x")]
+
+    def seen(*regions: dict[str, Any]) -> list[tuple[str | None, list[int]]]:
+        read = read_result(kp, list(regions))
+        assert "the parent 'x' is no region of this annotation" in read.problems[0]
+        return [(o.box.region_id if o.box else None, o.keypoints.visibility.tolist()) for o in read.objects]
+
+    assert seen(a, b, *eyes) == [("a", [0, 2, 2])]
+    assert seen(a, b, *eyes, region("nose", 20, 20)) == [("a", [2, 2, 2])]
+    assert seen(a, b, *eyes, region("left_eye", 20, 20)) == [("a", [0, 2, 0]), (None, [0, 2, 2])]  # it has such a point
+    assert seen(a, b, *eyes, region("nose", 60, 60, parentID="x")) == [(None, [2, 2, 2])]  # no box holds them all
+    assert seen(a, rectangle("c", 0, 0, 45, 45), *eyes) == [(None, [0, 2, 2])]  # two do
+    assert seen(a, *eyes, region("left_eye", 6, 6, parentID="y")) == [(None, [0, 2, 2]), (None, [0, 2, 0])]  # two may be its points
+
+
 def relation(one: str, other: str) -> dict[str, Any]:
     return {"type": "relation", "from_id": one, "to_id": other, "direction": "right"}
 
@@ -370,8 +417,8 @@ UNUSABLE = {
     "labels are a string": (region("nose", value={"x": 1, "y": 1, "keypointlabels": "nose"}), "no label"),
     "unknown label": (region("tail"), "'tail', which is not in 'kp': nose, left_eye, right_eye"),
     "not a word": (region([None]), "'None'"),
-    "negative": (region("nose", -0.5), "-0.5"),
-    "above 100": (region("nose", 10, 100.01), "100.01"),
+    "negative": (region("nose", -0.51), "-0.51"),
+    "above 100": (region("nose", 10, 100.51), "100.51"),
     "nan": (region("nose", float("nan")), "nan"),
     "infinite": (region("nose", 10, float("inf")), "inf"),
     "text": (region("nose", "10"), "'10'"),

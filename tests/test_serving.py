@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from sqlalchemy import select
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
 import kptllm_core.predictor  # noqa: F401 - it loads torch, which no test shall wait for within its time
+from backend import judge_routes
 from backend.prune import prune
-from backend.tables import Event, Group, Project, Task
+from backend.tables import Event, Group, Project, Task, Version
 from backend_world import BAD, CONFIG, GOOD, World, world
 
 
@@ -64,6 +66,46 @@ def test_rolling_back_is_one_call_and_goes_back_step_by_step(here: World) -> Non
     assert "no version before" in refused["error"]["message"]
     assert [e["by"] for e in events(here, "ROLLBACK")] == ["person"] * 3
     assert post(here, f"/projects/1/versions/{second}/activate")["model_version"] == second  # nothing is lost
+
+
+def test_a_roll_back_is_of_the_version_that_was_seen(here: World) -> None:
+    play(here, *range(1, 13))
+    seen = play(here, *range(13, 18))
+    body = {"from": seen}
+    before = post(here, "/projects/1/rollback", json=body)["model_version"]
+    refused = post(here, "/projects/1/rollback", 409, json=body)["error"]["message"]  # pressed twice
+    assert f"'{seen}' serves no more, '{before}' does. Nothing was changed" in refused
+    assert here.status()["model_version"] == before
+    assert "name of the version" in post(here, "/projects/1/rollback", 400, json={"from": 5})["error"]["message"]
+    assert post(here, "/projects/1/rollback", json={})["model_version"] != before
+
+
+def test_what_a_person_chose_keeps_its_training_when_the_config_changes(here: World) -> None:
+    """Pinned, or rolled back to, although its round was not promoted."""
+    here.label(*range(1, 13))
+    here.figures = (GOOD, BAD)
+    refused = str(here.play_round()["model_version"])
+    more = CONFIG.replace("<Label", '<Label value="paw"/><Label', 1)
+    post(here, f"/projects/1/versions/{refused}/pin")
+    version = next(v for v in here.status()["versions"] if v["model_version"] == refused)
+    assert version["promoted"] is True and version["reason"].startswith("Not promoted: ") and version["reason"].endswith("Pinned by a person.")
+
+    def as_before(session: Session) -> None:  # what an older backend wrote
+        session.execute(update(Version).where(Version.name == refused).values(promoted=False))
+
+    here.services.journal.write(as_before)
+    here.setup(more)
+    assert here.services.journal.active("1").adapter == "timed-00000000+p1+r1"
+    here.services.journal.write(as_before)
+    here.setup(CONFIG)
+    assert here.status()["model_version"] == refused
+    # A roll back, too, leads to what was its parent.
+    here.figures = (BAD, GOOD)
+    here.services.journal.write(as_before)
+    post(here, "/projects/1/unpin")
+    play(here, *range(13, 18))
+    assert post(here, "/projects/1/rollback")["model_version"] == refused
+    assert next(v for v in here.status()["versions"] if v["model_version"] == refused)["promoted"] is True
 
 
 def test_a_pinned_version_serves_until_it_is_unpinned(here: World) -> None:
@@ -336,6 +378,20 @@ def test_two_versions_side_by_side_on_the_same_held_out_images(here: World) -> N
         answer = here.client.get(image["image"])
         assert answer.mimetype == "image/jpeg" and Image.open(io.BytesIO(answer.data)).size == (64, 48)
     assert told["controls"]["kp:image"]["names"] == ["nose", "tail", "ear"]
+
+
+def test_pictures_leave_threads_for_others_and_are_kept_by_the_browser(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    here.label(1)
+    path = "/projects/1/tasks/1/image"
+    assert here.client.get(path).headers["Cache-Control"] == "private, max-age=600"
+    monkeypatch.setattr(judge_routes, "MOMENT", 0.05)
+    places = here.app.extensions["picture_places"]
+    with places, places:
+        busy = here.client.get(path)
+    assert busy.status_code == 503 and int(busy.headers["Retry-After"]) > 0 and busy.headers["Cache-Control"] == "no-store"
+    assert "Other pictures are being made" in busy.get_json()["error"]["message"]
+    assert here.client.get(path + "?control=none").status_code == 404  # and gives its place back
+    assert [here.client.get(path).status_code for _ in range(3)] == [200] * 3
 
 
 @pytest.mark.parametrize(

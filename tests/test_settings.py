@@ -31,6 +31,7 @@ def test_values_are_read(tmp_path: Path) -> None:
             "LABEL_STUDIO_CA": str(ca),
             "CORE_URL": "http://gpu:9091/",
             "PORT": "9191",
+            "PUBLIC_URL": "https://keypoints.example.org/",
             "ROUND_SECONDS": "2.5",
             "IMAGE_MAX_BYTES": "20 MB",
             "IMAGE_HOSTS": "Images.example.org, 10.0.0.5:8080,*.example.net,[::1]:81, images.example.org",
@@ -44,6 +45,7 @@ def test_values_are_read(tmp_path: Path) -> None:
     assert settings.label_studio_ca == ca
     assert settings.core_address == "http://gpu:9091"
     assert (settings.port, settings.round_seconds, settings.image_max_bytes) == (9191, 2.5, 20_000_000)
+    assert settings.public_url == "https://keypoints.example.org"
     assert settings.image_hosts == ("images.example.org", "10.0.0.5:8080", "*.example.net", "[::1]:81")
     assert settings.log_level == "DEBUG"
     assert settings.journal_url == f"sqlite:///{tmp_path}/new/journal.db"

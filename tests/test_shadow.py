@@ -13,7 +13,7 @@ from sqlalchemy import select
 import kptllm_core.predictor  # noqa: F401 - it loads torch, which no test shall wait for within its time
 from backend.shadow import pairs_of, running
 from backend.tables import Comparison, Predicted
-from backend_world import World, world
+from backend_world import CONFIG, World, world
 from kptllm_core.keypoints import KeypointSet
 from small_server import Answer
 
@@ -120,6 +120,24 @@ def test_versions_that_are_alike_are_looked_at_until_the_images_are_used_up(here
     assert aimed.asked.count(None) == 20, "the version before predicts as many as are needed, and no more"
 
 
+def test_frames_of_one_video_count_as_one_image(here: World) -> None:
+    aimed = promoted(here)
+    after = here.status()["model_version"]
+    aimed.off[R1] = 10.0
+    for n in range(50, 70):
+        frame = here.task(n)
+        frame["data"]["video"] = "a" if n < 60 else f"b{n // 2}"
+        here.predict(frame)
+        here.webhook("ANNOTATION_CREATED", annotation=here.annotation(n), task=frame)
+        if n == 62:
+            here.tick_until(lambda: scores(here).get(after, {}).get("images") == 13)
+            assert comparisons(here)[0]["figures"] is None, "thirteen images, but three groups"
+    here.tick_until(lambda: comparisons(here)[0]["state"] != "running")
+    reason = comparisons(here)[0]["reason"]
+    assert reason.startswith("Kept: too few groups (videos, subjects) to tell, fewer than 10, on the same 20 images of 6 groups PCK@0.05")
+    assert here.status()["model_version"] == after
+
+
 def test_only_images_whose_annotator_saw_the_version_or_none_count(here: World) -> None:
     promoted(here)
     names = [v["model_version"] for v in here.status()["versions"]]
@@ -173,6 +191,29 @@ def test_an_annotation_that_changes_is_scored_anew_and_a_deleted_one_no_more(her
     here.webhook("ANNOTATIONS_DELETED", annotations=[{"id": 1005}])
     here.turn()
     assert scores(here) == {}
+
+
+def test_when_the_configs_names_change_what_was_scored_is_scored_by_the_new_ones(here: World) -> None:
+    Aimed(here)
+    correct(here, 5)
+    here.turn()
+    (before,) = scores(here).values()
+    here.webhook("PROJECT_UPDATED", config=CONFIG.replace('"ear"', '"paw"'))
+    assert scores(here) == {}
+    here.turn()
+    (after,) = scores(here).values()
+    assert (before["points"], after["points"]) == (3, 2)
+
+
+def test_a_prediction_that_comes_behind_its_label_is_scored_too(here: World) -> None:
+    Aimed(here)
+    here.label(1)
+    here.label(2)
+    here.label(3)  # the version knows the first two
+    here.keeper.shadows.step("1")
+    here.predict(here.task(3))
+    here.keeper.shadows.step("1")
+    assert [v["images"] for v in scores(here).values()] == [1]
 
 
 def test_the_shadow_waits_while_somebody_waits_for_the_core(here: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from kptllm_core.errors import DataError
 def read_coco(path: Path) -> LabelledSet:
     """path: the JSON file, or a folder that holds annotations.json. Raises DataError.
 
-    `v` is 0 for a point that is not labelled, 1 for a hidden one, 2 for a visible one; any other means that there is none. Images
-    are looked for beside the file and in `images/` there.
+    `v` is 0 for a point that is not labelled, 1 for a hidden one, 2 for a visible one; any other means that there is none. An object may
+    have a box alone. Images are looked for beside the file and in `images/` there.
     """
     file = path / "annotations.json" if path.is_dir() else path
     try:
@@ -35,14 +35,16 @@ def read_coco(path: Path) -> LabelledSet:
         without = 0
         for annotation in data["annotations"]:
             thing = _thing(file, annotation, names) if annotation.get("category_id") in names and not annotation.get("iscrowd") else None
-            if thing is None or not thing.points:
+            if thing is None or not (thing.points or thing.box):
                 without += 1
             else:
                 things.setdefault(annotation["image_id"], []).append(thing)
         images = [_image(file, image, things.pop(image["id"])) for image in data["images"] if image["id"] in things]
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(f"{file} is not COCO keypoints: {type(error).__name__} {error}.") from None
-    notes = [f"{without} annotations have no keypoints, or are crowds"] if without else []
+    notes = [f"{without} annotations are crowds, of categories without keypoints, or have neither a point nor a box"] if without else []
+    if {p.visibility for image in images for thing in image.things for p in thing.points.values()} == {OCCLUDED}:
+        notes.append("every point has v=1, which was read as hidden, as COCO means it (2 is visible)")
     if things:
         notes.append(f"{len(things)} images that annotations name are not among 'images' (id {', '.join(map(str, list(things)[:3]))} …)")
     return LabelledSet(images, notes)
@@ -71,16 +73,14 @@ def coco_of(categories: dict[str, tuple[list[str], list[tuple[int, int]]]], imag
     return found
 
 
-def _thing(file: Path, annotation: dict[str, Any], names: dict[Any, tuple[str, list[str]]]) -> LabelledThing | None:
+def _thing(file: Path, annotation: dict[str, Any], names: dict[Any, tuple[str, list[str]]]) -> LabelledThing:
     category, points = names[annotation["category_id"]]
-    numbers = annotation.get("keypoints")
-    if not numbers:
-        return None
+    numbers = annotation.get("keypoints") or []
     where = f"{file}: annotation {annotation.get('id')}"
-    if len(numbers) != 3 * len(points):
+    if len(numbers) not in (0, 3 * len(points)):
         raise DataError(f"{where} has {len(numbers)} numbers under 'keypoints'; expected 3 × {len(points)} (x, y, v for each point).")
     placed = {}
-    for at, name in enumerate(points):
+    for at, name in enumerate(points if numbers else ()):
         x, y, v = (float(n) for n in numbers[3 * at : 3 * at + 3])
         if v in (OCCLUDED, VISIBLE):
             if not (math.isfinite(x) and math.isfinite(y)):

@@ -120,7 +120,8 @@ def _things(file: Path, name: str, cells: list[tuple[Column, Any]]) -> tuple[Lab
         individual: {part: LabelledPoint(at["x"] + HALF, at["y"] + HALF) for part, at in parts.items() if len(at) == 2}
         for individual, parts in places.items()
     }
-    alone = things.pop(SINGLE, {}) if len([t for t in things if t != SINGLE]) == 1 else {}
+    animals = {individual for (individual, _, _), _ in cells} - {SINGLE}  # of the whole file: on this image some may be missing
+    alone = things.pop(SINGLE, {}) if len(animals) == 1 and animals & things.keys() else {}
     return tuple(LabelledThing({**points, **alone}) for points in things.values() if points)
 
 

@@ -55,8 +55,16 @@ def _read_csv(file: Path) -> LabelledSet:
             raise DataError(f"{file}: row {number} holds something else than numbers: {error}.") from None
         if points:
             frames.setdefault((str(row.get("video") or ""), frame), []).append(LabelledThing(points))
-    images = [LabelledImage(video, tuple(things), frame=frame) for (video, frame), things in frames.items()]
+    own = _video_of(file)
+    images = [LabelledImage(video or own, tuple(things), frame=frame) for (video, frame), things in frames.items()]
     return LabelledSet(images, ["an analysis CSV does not say which instances a person labelled: all of them are taken as labels"])
+
+
+def _video_of(file: Path) -> str:
+    """What stands for the video's name where the CSV tells none: the file's, or what SLEAP puts into that,
+    <project>.<number>_<video>.analysis.csv."""
+    found = re.fullmatch(r".+\.\d+_(.+)\.analysis(\.\w+)", file.name)
+    return found[1] + found[2] if found else file.name
 
 
 def _read_slp(file: Path) -> LabelledSet:

@@ -76,7 +76,7 @@ def _read(file: Path, data: Any, names: list[str] | None) -> LabelledSet:
     if not seen:
         raise DataError(f"{file}: no label files. Expected folders labels/ beside the images/ that train, val and test name.")
     if len(seen) > len(images):
-        notes.append(f"{len(seen) - len(images)} label files hold no object with a point")
+        notes.append(f"{len(seen) - len(images)} label files hold no object")
     return LabelledSet(images, notes)
 
 
@@ -99,7 +99,8 @@ def _point_names(file: Path, data: dict[str, Any], number: int, count: int, give
 
 
 def _label_files(file: Path, data: dict[str, Any]) -> list[Path]:
-    """Of every split. A data set's `path` may be that of another machine: then what lies beside data.yaml counts."""
+    """Of every split. A data set's `path` may be that of another machine: then what lies beside data.yaml counts. Where `../images` is not
+    there, `images` is meant: so exports name folders that lie beside data.yaml, and so Ultralytics reads them."""
     roots = [r for r in (file.parent / str(data.get("path") or "."), file.parent) if r.is_dir()]
     found: list[Path] = []
     for part in ("train", "val", "test"):
@@ -107,6 +108,7 @@ def _label_files(file: Path, data: dict[str, Any]) -> list[Path]:
         for entry in given if isinstance(given, list) else [given]:
             for root in roots if entry else ():
                 place = root / str(entry)
+                place = place if place.exists() else root / str(entry).removeprefix("../")
                 if place.is_dir():
                     found += sorted(_labels_of(place).rglob("*.txt"))
                 elif place.is_file():
@@ -165,9 +167,10 @@ def _things(label: Path, classes: dict[int, str], points: dict[int, list[str]], 
                 if max(x, y) > 1.5 or min(x, y) < -0.5:
                     raise DataError(f"{where}: '{name}' lies at ({x:g}, {y:g}); expected fractions of the image, 0…1, not pixels.")
                 placed[name] = LabelledPoint(x, y, seen)
-        if placed:
-            cx, cy, w, h = values[1:5]
-            things.append(LabelledThing(placed, (cx - w / 2, cy - h / 2, w, h) if w > 0 and h > 0 else None, classes[kind]))
+        cx, cy, w, h = values[1:5]
+        box = (cx - w / 2, cy - h / 2, w, h) if w > 0 and h > 0 else None
+        if placed or box:
+            things.append(LabelledThing(placed, box, classes[kind]))
     return tuple(things)
 
 

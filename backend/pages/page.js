@@ -5,6 +5,8 @@ const said = document.getElementById("said");
 const asked = new Map(); // id of a live part → when it was asked for last, milliseconds
 const SHOWN = 12000; // milliseconds that a message stays; one about trouble stays until it is closed
 const MOST = 3; // messages at once
+const AGAIN = 3; // times that a picture is asked for again
+const missed = new WeakMap(); // picture → how often it did not come
 let sent = 0, applied = 0; // numbers of the states of the page that were asked for, and of the newest that was shown
 let failures = 0;
 
@@ -171,6 +173,15 @@ function own(root) {
     time.textContent = new Date(time.dateTime).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
   }
 }
+
+// A picture that did not come, since too many were asked for at once, is asked for again.
+document.addEventListener("error", ({ target }) => {
+  const address = { IMG: "src", image: "href" }[target.nodeName];
+  const times = (missed.get(target) || 0) + 1;
+  if (!address || times > AGAIN) return;
+  missed.set(target, times);
+  setTimeout(() => target.setAttribute(address, target.getAttribute(address)), 3000 * times);
+}, true);
 
 document.addEventListener("submit", (event) => {
   if (event.target.matches("form[data-body]")) {
