@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -223,22 +224,29 @@ def test_waiting_has_an_end(tmp_path: Path) -> None:
     service.stop()
 
 
+def running_demo(folder: Path, model: str) -> tuple[subprocess.Popen[bytes], str]:
+    """`make demo` until it waits for a person, and what it said."""
+    if label_studio_executable() is None:
+        pytest.skip("no Label Studio: `make setup` installs it into .labelstudio/venv, or set LABEL_STUDIO_BIN")
+    said = folder / "out"
+    with said.open("w") as out:
+        demo = subprocess.Popen(
+            [sys.executable, "-m", "backend.demo", "--model", model, "--folder", str(folder / "demo")],
+            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    end = time.monotonic() + 500
+    while "Ctrl-C stops everything" not in said.read_text():
+        assert demo.poll() is None, said.read_text()
+        assert time.monotonic() < end, said.read_text()
+        time.sleep(1)
+    return demo, said.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.label_studio
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_demo_stops_everything_that_it_started(how: signal.Signals, tiny_model: str, tmp_path: Path) -> None:
-    if label_studio_executable() is None:
-        pytest.skip("no Label Studio: `make setup` installs it into .labelstudio/venv, or set LABEL_STUDIO_BIN")
-    with (tmp_path / "out").open("w") as out:
-        demo = subprocess.Popen(
-            [sys.executable, "-m", "backend.demo", "--model", tiny_model, "--folder", str(tmp_path / "demo")],
-            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-    end = time.monotonic() + 500
-    while "Ctrl-C stops everything" not in (tmp_path / "out").read_text():
-        assert demo.poll() is None, (tmp_path / "out").read_text()
-        assert time.monotonic() < end, (tmp_path / "out").read_text()
-        time.sleep(1)
+    demo, _ = running_demo(tmp_path, tiny_model)
     family = psutil.Process(demo.pid).children(recursive=True)
     assert len(family) >= 4, "Label Studio, supervisor, core and backend"
     demo.send_signal(how)
@@ -248,3 +256,16 @@ def test_the_demo_stops_everything_that_it_started(how: signal.Signals, tiny_mod
     if how != signal.SIGKILL:
         assert code == 0
         assert "Stopped." in (tmp_path / "out").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.label_studio
+def test_the_same_call_goes_on_with_its_project(tiny_model: str, tmp_path: Path) -> None:
+    projects = []
+    for said in ("Making the project", "Going on with the project"):
+        demo, out = running_demo(tmp_path, tiny_model)
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(60) == 0
+        assert said in out
+        projects.append(re.search(r"/projects/(\d+)/data", out))
+    assert projects[0] and projects[1] and projects[0][1] == projects[1][1]
