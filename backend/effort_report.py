@@ -16,6 +16,7 @@ from backend.database import parts
 from backend.effort import Drawn, Image, Work, assisted, started_from, summary, table, work_by_origin, work_on
 from backend.intake import control_key
 from backend.journal import Journal
+from backend.split import group_alone
 from backend.tables import Annotation, Predicted, Project, Task, Version
 from backend.versions import labelled, unknown_project
 from kptllm_core.keypoints import KeypointSet
@@ -63,7 +64,7 @@ def anchoring_report(journal: Journal, project: str, tolerance: float, share: fl
     looks = [m.look for m in measured(journal, project, tolerance) if m.look is not None]
     with journal.reading() as session:
         known = dict(session.execute(select(Task.task, Task.group).where(Task.project == project)).all())
-    groups = {look.task: known.get(look.task, f"task={look.task}") for look in looks}
+    groups = {look.task: known.get(look.task, group_alone(look.task)) for look in looks}
     return {"project": project, "share": share} | anchoring(looks, tolerance, groups)
 
 

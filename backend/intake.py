@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from backend.split import group_alone
 from backend.tables import Annotation, Task
 from kptllm_core.errors import InvalidInput
 from kptllm_core.keypoints import KeypointSet, Visibility
@@ -92,7 +93,7 @@ def task_row(project: str, body: dict[str, Any], config: LabelConfig | None) -> 
     task = id_of(body.get("id"), "task's id")
     images = {c.image_key: url for c in (config.controls if config else ()) if (url := c.image_of(data))}
     group = next(
-        (f"{k}={data[k]}" for k in GROUP_KEYS if isinstance(data.get(k), (str, int)) and data[k] != ""), f"task={task}"
+        (f"{k}={data[k]}" for k in GROUP_KEYS if isinstance(data.get(k), (str, int)) and data[k] != ""), group_alone(task)
     )
     if len(group) > 200:
         group = hashlib.sha256(group.encode()).hexdigest()

@@ -26,6 +26,7 @@ from backend.quality import LEAST, Finding, find
 from backend.ranking import fact_name
 from backend.served import ask_shadow, first_sayings
 from backend.services import Services
+from backend.split import group_alone
 from backend.tables import Annotation, Event, Predicted, Project, Task, Version
 from backend.versions import heldout_tasks, labelled, unknown_project
 from kptllm_core.errors import InvalidInput
@@ -114,7 +115,7 @@ def _subjects(session: Session, project: str, control: KeypointControl, unused: 
                 task=row.task,
                 annotation=row.annotation,
                 labelled=points,
-                group=task.group if task else f"task={row.task}",
+                group=task.group if task else group_alone(row.task),
                 predicted=predicted[partners[i]] if i in partners else None,
                 number=i,
                 image=(int(size[0]), int(size[1])) if size else None,

@@ -45,6 +45,11 @@ class Candidate:
     ground_truth: bool = False
 
 
+def group_alone(task: int) -> str:
+    """The group of a task that names none; `versions.heldout_tasks` says the same in SQL."""
+    return f"task={task}"
+
+
 def step_of(labelled: int) -> int:
     """The largest of STEPS that the number of labelled images has reached, 0 before the first."""
     return max((s for s in STEPS if s <= labelled), default=0)

@@ -258,7 +258,7 @@ def candidates_of(session: Session, project: str) -> list[split.Candidate]:
     )
     best: dict[int, split.Candidate] = {}
     for number, task, group, points, truth in session.execute(query):
-        best.setdefault(task, split.Candidate(number, task, group or f"task={task}", points, truth))
+        best.setdefault(task, split.Candidate(number, task, group or split.group_alone(task), points, truth))
     return list(best.values())
 
 

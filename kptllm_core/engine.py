@@ -197,8 +197,7 @@ class Engine:
         """Read one by one, and only while they are not encoded: fifty photographs at a time would need more memory than there may be. They are
         not kept, since they would drive out the images that are asked for."""
         try:
-            with _memory_errors():
-                return read_image(self.images.read(sha))
+            return self._pixels.read(sha)
         except (ImageError, TooLarge) as error:
             raise Spoilt(type(error)(f"The support image {sha} cannot be used: {error.message}", image=sha)) from None
         except KptError as error:
@@ -258,11 +257,15 @@ class DecodedImages:
             known = self._kept.find(sha)
         if known is not None:
             return known
-        with _memory_errors():
-            pixels = read_image(self._images.read(sha))
+        pixels = self.read(sha)
         with self._lock:
             self._kept.keep(sha, pixels)
         return pixels
+
+    def read(self, sha: str) -> np.ndarray:
+        """As `get`, past those that are kept."""
+        with _memory_errors():
+            return read_image(self._images.read(sha))
 
 
 @contextmanager

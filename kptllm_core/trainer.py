@@ -91,11 +91,13 @@ class Round:
                     skipped[sha] = error.message
             items = []
             for item in self.run[part]:
-                points = KeypointSet.from_json(item["keypoints"])
-                if item["image"] in sizes and far_outside(points, *sizes[item["image"]]):
-                    skipped.setdefault(item["image"], "An object has a point far outside the image.")
-                elif item["image"] in sizes:
-                    items.append((item["image"], *sizes[item["image"]], points, item["group"] or item["image"]))
+                sha, points = item["image"], KeypointSet.from_json(item["keypoints"])
+                if sha not in sizes:
+                    continue
+                if far_outside(points, *sizes[sha]):
+                    skipped.setdefault(sha, "An object has a point far outside the image.")
+                else:
+                    items.append((sha, *sizes[sha], points, item["group"] or sha))
             if not items and part != "support":
                 raise DataError(f"No image of '{part}' can be read. The first of {len(self.run[part])}: {next(iter(skipped.values()))}")
             write_coco(self.folder / part, self.schema, items)
