@@ -1,4 +1,4 @@
-"""Switching off, at test time, what the paper says is worth having: one part of a loaded model, for a while.
+"""Switching off, at test time, what the paper and this product say is worth having: one part of a loaded model, for a while.
 
 The weights stay those of a model that was trained with the part, so a figure says how much this model leans on it, not how
 good a model trained without it would be.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ ABLATIONS = {
     "extractor": "the prompt token is the pooled local feature; the cross-attention to the support image is skipped",
     "llm": "the gate through which the LLM's answer enters the heatmap is shut",
     "refinement": "positions are the heatmaps' peaks; the points of an object do not correct each other",
+    "layout": "the examples' layouts do not tell where a point may lie",
 }
 
 
@@ -45,6 +47,9 @@ def without(predictor: Predictor, parts: Sequence[str]) -> Iterator[PointPredict
         for part, switch in (("extractor", _pooled), ("llm", _shut), ("refinement", _straight)):
             if part in parts:
                 stack.enter_context(switch(predictor.model))
+        if "layout" in parts:
+            stack.callback(setattr, predictor, "passes", predictor.passes)
+            predictor.passes = replace(predictor.passes, by_layout=False)
         yield Unnamed(predictor) if "identify" in parts else predictor
 
 

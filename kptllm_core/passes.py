@@ -18,6 +18,7 @@ from kptllm_core.geometry import Crop, clip_box, clip_to_image, crop_of_box, cro
 from kptllm_core.imaging import warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import write_questions
+from kptllm_core.layout import layout_prior, may_be_turned
 from kptllm_core.lexicon import lexicon
 from kptllm_core.model import Asked, KptLLM
 from kptllm_core.objective import RARE
@@ -45,6 +46,8 @@ class Passes:
     model: KptLLM
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
+    by_layout: bool = True
+    """Whether the examples' layouts tell where a point may lie."""
 
     @property
     def size(self) -> int:
@@ -65,17 +68,18 @@ class Passes:
         points = [e.keypoints.reorder(schema.names) for e in support]
         if not any(p.placed.any() for p in points):
             raise InvalidInput("No support example has a labelled point of this schema. Label at least one.")
+        turns = TURNS if may_be_turned(points) else TURNS[:1]
         tight, whole, boxes, shares = list[View](), list[View](), list[np.ndarray](), list[float]()
         for example, own in zip(support, points, strict=True):  # one image at a time: fifty photographs would need more memory than there may be
             image = example.image
             height, width = image.shape[:2]
             box = own.usable_box(width, height)
-            tight += [View(own, crop, warp(image, crop)) for crop in (turned(box, own, self.size, d) for d in TURNS)]
+            tight += [View(own, crop, warp(image, crop)) for crop in (turned(box, own, self.size, d) for d in turns)]
             whole.append(View(own, crop := self.crop(image, None), warp(image, crop)))
             boxes.append(box)
             shares.append(max(box[2], box[3]) / max(width, height))
         margin = usual_margin(points, boxes)
-        return Prepared(self._shots(tight, len(TURNS)), self._shots(whole, 1), margin, float(np.median(shares)), usual_points(points))
+        return Prepared(self._shots(tight, len(turns)), self._shots(whole, 1), margin, float(np.median(shares)), usual_points(points))
 
     @torch.inference_mode()
     def points(self, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray | None], prompt: Prompt, order: list[int] | None = None,
@@ -89,24 +93,28 @@ class Passes:
         sets: list[KeypointSet] = []
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
-            sets += self.points_of_crops(images[part], crops[part], prompt, prompt.tight, order, fixed and fixed[part], taken and taken[part])
+            sets += self.points_of_crops(images[part], crops[part], prompt, prompt.tight, order, fixed and fixed[part], taken and taken[part], True)
         return [self._finish(*item, prompt) for item in zip(sets, boxes, images, strict=True)]
 
     @torch.inference_mode()
     def points_of_crops(self, images: Sequence[np.ndarray], crops: Sequence[Crop], prompt: Prompt, shots: Shots | None,
                         order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None,
-                        taken: Sequence[Taken] | None = None) -> list[KeypointSet]:  # fmt: skip
-        """One pass over some crops → points in image pixels. shots: the examples as they are compared with. The rest is as in `points`."""
+                        taken: Sequence[Taken] | None = None, framed: bool = False) -> list[KeypointSet]:  # fmt: skip
+        """One pass over some crops → points in image pixels. shots: the examples as they are compared with. framed: whether a crop shows its
+        object as those of the examples show theirs, so that their layouts tell where its points lie. The rest is as in `points`."""
         model, batch = self.model, len(images)
         features = self.encode(images, crops)
         index = torch.tensor(range(len(prompt.schema)) if order is None else order, device=self.device)
         names = [prompt.schema.names[int(i)] for i in index]
-        whole = self._support(shots, features, len(prompt.schema))
+        chosen = self._chosen(shots, features)
+        whole = self._support(chosen, batch, len(prompt.schema))
         part = whole if order is None else whole.select(index)
         asked = self._asked(names, prompt.named, part, shots is not None)
         _, state = model.ask(features, whole, part.token, asked)
         planes = model.correlate(features, part)
         heat = model.locate(features, part, state, planes)
+        if self.by_layout and framed and chosen is not None:
+            heat = heat + layout_prior(chosen.xy, chosen.known, *heat.shape[-2:])[:, index]
         for row, claimed in enumerate(taken or ()):
             self._leave(heat[row], claimed, crops[row])
         if order is not None and len(order) < len(prompt.schema):
@@ -124,7 +132,7 @@ class Passes:
         for start in range(0, len(crops), BATCH):
             part = crops[start : start + BATCH]
             features = self.encode([image] * len(part), part)
-            whole = self._support(shots, features, len(prompt.schema))
+            whole = self._support(self._chosen(shots, features), len(part), len(prompt.schema))
             asked = self._asked(prompt.schema.names, prompt.named, whole, shots is not None)
             found = self.model.detect(features, whole, asked)
             boxes.append(found.boxes.cpu().numpy())
@@ -161,12 +169,13 @@ class Passes:
             parts.append(self.model.show(each, *(torch.from_numpy(a)[None].to(self.device) for a in (xy.astype(np.float32), known))))
         return Shots.joined(parts, turns)
 
-    def _support(self, shots: Shots | None, features: Features, count: int) -> Support:
-        """What each of the queries is shown. features: of the queries; count: of the points."""
-        batch = len(features.coarse)
-        if shots is None:
-            return self.model.no_support(batch, count, self.device)
-        return self.model.support(shots.nearest(look_of(features))).repeat(batch)
+    def _chosen(self, shots: Shots | None, features: Features) -> Shots | None:
+        """Those that each of the queries is shown. features: of the queries."""
+        return None if shots is None else shots.nearest(look_of(features))
+
+    def _support(self, chosen: Shots | None, batch: int, count: int) -> Support:
+        """What so many queries are shown of so many points."""
+        return self.model.no_support(batch, count, self.device) if chosen is None else self.model.support(chosen).repeat(batch)
 
     def _asked(self, names: Sequence[str], named: bool, part: Support, prompted: bool) -> Asked:
         words = [lexicon().canonical(n) for n in names] if named else [None] * len(names)

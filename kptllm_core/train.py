@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ NOISE = 0.02  # by which a watched PCK may fall without meaning anything
 
 
 PRETRAIN = Recipe(wide=0.25, naming=12, renaming=0.4, scenes=0.5, sides=(0.6, 0.8, 1.0, 1.2))
+FURTHER = replace(PRETRAIN, sides=(0.8, 1.0, 1.2))  # small crops are for the first steps, which are cheap with them
 ADAPT = Recipe(seconds=150, episodes=2, max_points=24, rate=3e-3, full_rate=0.3, decay=0.01, warmup=20, average=0.98, naming=0, scenes=0.5)
 
 
@@ -239,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
     changes = {k: v for k, v in {"episodes": args.episodes, "workers": workers, "rate": args.rate}.items() if v is not None}
     end = time.monotonic() + (args.stop_after or math.inf)
     should_stop = lambda: bool(stopped) or time.monotonic() > end  # noqa: E731
-    start = ADAPT if args.lora else PRETRAIN
+    start = ADAPT if args.lora else FURTHER if args.start else PRETRAIN
     told = args.seconds is not None or args.steps is not None
     budget = (args.seconds, args.steps) if told else (start.seconds or 3600.0, None)
     recipe = Recipe(**{**asdict(start), **changes, "seed": args.seed, "seconds": budget[0], "steps": budget[1]})
