@@ -35,12 +35,12 @@ def turn_between(one: KeypointSet, other: KeypointSet) -> float | None:
     both = one.placed & other.placed
     if both.sum() < 2:
         return None
-    a, b = (complex_of(points.xy[both]) for points in (one, other))
+    a, b = (_as_complex(points.xy[both]) for points in (one, other))
     fit = complex((a.conj() * b).sum())
     return float(np.degrees(np.angle(fit))) if abs(fit) > 0 else None
 
 
-def complex_of(xy: np.ndarray) -> np.ndarray:
+def _as_complex(xy: np.ndarray) -> np.ndarray:
     """(N, 2) → (N,) about their mean."""
     return (xy - xy.mean(0)) @ np.array([1, 1j])
 
