@@ -116,8 +116,8 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     if len({s.image_path for s in labelled}) < MIN_LABELLED:
         raise DataError(f"{len(labelled)} labelled images found; a round needs at least {MIN_LABELLED}. Label more.")
     if seconds is not None or steps is not None:
-        recipe = Recipe(**{**asdict(recipe), "seconds": seconds, "steps": steps})
-    recipe = Recipe(**{**asdict(recipe), "seed": seed})
+        recipe = replace(recipe, seconds=seconds, steps=steps)
+    recipe = replace(recipe, seed=seed)
     found = loaded or store.load_checkpoint(base)
     device = best_device()
     model = found.model.to(device)
@@ -240,10 +240,10 @@ def run(args: argparse.Namespace) -> int:
     changes = {k: v for k, v in {"episodes": args.episodes, "workers": workers, "rate": args.rate}.items() if v is not None}
     end = time.monotonic() + (args.stop_after or math.inf)
     should_stop = lambda: bool(stopped) or time.monotonic() > end  # noqa: E731
-    start = ADAPT if args.lora else FURTHER if args.start else PRETRAIN
+    usual = ADAPT if args.lora else FURTHER if args.start else PRETRAIN
     told = args.seconds is not None or args.steps is not None
-    budget = (args.seconds, args.steps) if told else (start.seconds or 3600.0, None)
-    recipe = Recipe(**{**asdict(start), **changes, "seed": args.seed, "seconds": budget[0], "steps": budget[1]})
+    budget = (args.seconds, args.steps) if told else (usual.seconds or 3600.0, None)
+    recipe = replace(usual, **changes, seed=args.seed, seconds=budget[0], steps=budget[1])
     if args.lora:
         if not args.data:
             raise InvalidInput("--lora needs --data DIR: the folder with the labelled images.")
