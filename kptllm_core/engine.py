@@ -115,7 +115,7 @@ class Engine:
                 image = self._pixels.get(query.image)
                 query.check_on(image.shape[1], image.shape[0])
                 ready.append((at, image, query))
-            except (InvalidInput, TooLarge) as error:
+            except (InvalidInput, TooLarge, Unavailable) as error:  # the last: no memory to decode it
                 results[at] = {"error": error.to_json()}
         single = [r for r in ready if r[2].objects is None]
         answers: list[tuple[int, np.ndarray, KeypointSet | list[Instance] | KptError]] = []

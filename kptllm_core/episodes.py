@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from kptllm_core.dataset import Sample
+from kptllm_core.errors import DataError
 from kptllm_core.geometry import CROP_FACTOR, Crop, similarity_crop
 from kptllm_core.imaging import PAPER, Kept, cut_image, warp
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
@@ -110,6 +111,8 @@ class Labelled:
                     groups.setdefault(sample.group, []).append(sample)
             if groups:
                 self.kinds.append(groups)
+        if not self.kinds:
+            raise DataError("No object of these folders has a labelled point. Label some, or leave the folders out.")
         weight = np.array([min(len(g), 400) ** 0.5 for g in self.kinds])
         self.weight = weight / weight.sum()
         self.augmentation, self.max_points = augmentation, max_points

@@ -19,14 +19,15 @@ from kptllm_core.vision import cell_centres
 ALIKE = 45.0  # degrees by which objects that stand alike may be turned against each other
 USUAL = 0.3  # of the crop: how far, in each direction, a point lies from where one example has it, before there are others to tell
 FREEDOM = 4.0  # observations that the spread of all points together counts for in that of each
+ENOUGH = 3  # examples that stand alike before that is taken for no chance: of objects at all angles, two do in a quarter of the cases
 TRUST = 0.5  # of the prior's logarithm beside the heatmap, whose logits are too sure of kinds that were never seen
 
 
 def may_be_turned(examples: Sequence[KeypointSet]) -> bool:
-    """Whether objects of this kind may be turned against each other: unless there are two examples or more, and no two are."""
+    """Whether objects of this kind may be turned against each other: unless there are `ENOUGH` examples, and no two are."""
     angles = [turn_between(a, b) for a, b in combinations(examples, 2)]
     known = [abs(angle) for angle in angles if angle is not None]
-    return not known or max(known) > ALIKE
+    return len(examples) < ENOUGH or not known or max(known) > ALIKE
 
 
 def turn_between(one: KeypointSet, other: KeypointSet) -> float | None:
@@ -50,7 +51,8 @@ def layout_prior(xy: Tensor, known: Tensor, height: int, width: int) -> Tensor:
 
     A bell around the place that each example has it at (a kernel density), with Student's tails, since examples are few. It is as wide as
     the examples differ: each point for itself, shrunk towards all points together, and these towards `USUAL`; each example counts
-    once there, since its points move together. By Scott's rule the bells of many examples are narrower.
+    once there, since its points move together. Fewer than `ENOUGH` do not tell how much they differ. By Scott's rule the bells of many
+    examples are narrower.
 
     xy: (B, S, K, 2) in the examples' crops, 0…1. known: (B, S, K) bool. → (B, K, height, width), zeros where no example has the point.
     """
@@ -58,8 +60,10 @@ def layout_prior(xy: Tensor, known: Tensor, height: int, width: int) -> Tensor:
     count = has.sum(1)  # (B, K)
     mean = (xy * has.unsqueeze(-1)).sum(1) / count.clamp(min=1).unsqueeze(-1)
     squares = ((xy - mean.unsqueeze(1)).square().sum(-1) * has).sum(1)
-    freedom = 2 * (count - 1).clamp(min=0)  # two coordinates, less their mean
-    told = (count > 1).sum(1, keepdim=True).clamp(min=1)
+    enough = count >= ENOUGH
+    freedom = 2 * (count - 1) * enough  # two coordinates, less their mean
+    squares = squares * enough
+    told = enough.sum(1, keepdim=True).clamp(min=1)
     together = (USUAL**2 + squares.sum(1, keepdim=True) / told) / (1 + freedom.sum(1, keepdim=True) / told)
     variance = (FREEDOM * together + squares) / (FREEDOM + freedom) * count.clamp(min=1) ** (-1 / 3)
     tails = (FREEDOM + freedom)[:, None, :, None, None]

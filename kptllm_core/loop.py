@@ -178,7 +178,10 @@ class Loop:
                     log.warning("The state of the training could not be saved: %s", error)
                 saved = time.monotonic()
             if publish is not None and time.monotonic() - published > PUBLISH_EVERY:
-                publish()
+                try:
+                    publish()
+                except OSError as error:  # as above
+                    log.warning("The checkpoint on the way could not be written: %s", error)
                 self.model.train()
                 published = time.monotonic()
             if should_stop is not None and should_stop():

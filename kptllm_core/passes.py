@@ -93,15 +93,17 @@ class Passes:
         sets: list[KeypointSet] = []
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
-            sets += self.points_of_crops(images[part], crops[part], prompt, prompt.tight, order, fixed and fixed[part], taken and taken[part], True)
+            framed = [len(prompt.schema) > 1 and box is not None for box in boxes[part]]  # the box of one point is made around it
+            sets += self.points_of_crops(images[part], crops[part], prompt, prompt.tight, order, fixed and fixed[part], taken and taken[part], framed)
         return [self._finish(*item, prompt) for item in zip(sets, boxes, images, strict=True)]
 
     @torch.inference_mode()
     def points_of_crops(self, images: Sequence[np.ndarray], crops: Sequence[Crop], prompt: Prompt, shots: Shots | None,
                         order: list[int] | None = None, fixed: Sequence[KeypointSet | None] | None = None,
-                        taken: Sequence[Taken] | None = None, framed: bool = False) -> list[KeypointSet]:  # fmt: skip
-        """One pass over some crops → points in image pixels. shots: the examples as they are compared with. framed: whether a crop shows its
-        object as those of the examples show theirs, so that their layouts tell where its points lie. The rest is as in `points`."""
+                        taken: Sequence[Taken] | None = None, framed: Sequence[bool] = ()) -> list[KeypointSet]:  # fmt: skip
+        """One pass over some crops → points in image pixels. shots: the examples as they are compared with. framed: whether each crop shows
+        its object as those of the examples show theirs, so that their layouts tell where its points lie (default: none). The rest is as in
+        `points`."""
         model, batch = self.model, len(images)
         features = self.encode(images, crops)
         index = torch.tensor(range(len(prompt.schema)) if order is None else order, device=self.device)
@@ -113,8 +115,9 @@ class Passes:
         _, state = model.ask(features, whole, part.token, asked)
         planes = model.correlate(features, part)
         heat = model.locate(features, part, state, planes)
-        if self.by_layout and framed and chosen is not None:
-            heat = heat + layout_prior(chosen.xy, chosen.known, *heat.shape[-2:])[:, index]
+        if self.by_layout and any(framed) and chosen is not None:
+            prior = layout_prior(chosen.xy, chosen.known, *heat.shape[-2:])[:, index]
+            heat = heat + prior * torch.tensor(framed, device=self.device).view(-1, 1, 1, 1)
         for row, claimed in enumerate(taken or ()):
             self._leave(heat[row], claimed, crops[row])
         if order is not None and len(order) < len(prompt.schema):

@@ -94,7 +94,8 @@ def part_of(categories: Sequence[Category], part: str) -> list[Category]:
         unseen = held_out(s.group for s in category.samples) if category.unseen is None else category.unseen
         samples = [s for s in category.samples if (s.group in unseen) == (part == "heldout")]
         if samples:
-            found.append(replace(category, samples=samples, supports=samples if category.same_pool else category.supports))
+            empty = [s for s in category.empty if (s.group in unseen) == (part == "heldout")]
+            found.append(replace(category, samples=samples, empty=empty, supports=samples if category.same_pool else category.supports))
     if not found:
         groups = len({s.group for c in categories for s in c.samples})
         raise DataError(

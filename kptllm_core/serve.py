@@ -24,7 +24,7 @@ from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer
 
-from kptllm_core.config import model_folder
+from kptllm_core.config import model_folder, preset_names
 from kptllm_core.engine import Engine
 from kptllm_core.errors import Conflict, InvalidInput, Unavailable
 from kptllm_core.jobs import JobQueue
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInput("CORE_TOKEN holds spaces or characters beyond ASCII, which no header carries. Choose letters, digits and signs.")
     if not token and args.host not in ("127.0.0.1", "::1", "localhost"):
         log.warning("Anybody who reaches %s:%d may use this core. Set CORE_TOKEN here and in the backend.", args.host, args.port)
-    model = str(folder.resolve()) if (folder := Path(args.model)).is_dir() else args.model
-    model_folder(model)
+    folder = model_folder(args.model)
+    model = args.model if args.model in preset_names() else str(folder.resolve())
     with owned(args.data):
         data = args.data.resolve()
         images, adapters = ImageStore(data / "images", int(args.images_gb * 1e9)), AdapterStore(data / "adapters")

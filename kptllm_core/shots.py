@@ -17,7 +17,7 @@ from torch import Tensor
 from kptllm_core.vision import Features
 
 NEAREST = 5  # examples that a query is shown
-TURNS = tuple(45.0 * i for i in range(8))  # degrees, by which each example is shown
+TURNS = tuple(45.0 * i for i in range(8))  # degrees, by which an example is shown, unless all stand alike
 HANDICAP = 0.25  # likeness by which a turned example must surpass the same one as it stands
 CELLS = 4  # along each side of a look
 

@@ -113,8 +113,12 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     """
     samples = [s for folder in data for s in load_coco(folder).samples]  # an object without points is still no background
     labelled = [s for s in samples if s.keypoints.placed.any()]
-    if len({s.image_path for s in labelled}) < MIN_LABELLED:
-        raise DataError(f"{len(labelled)} labelled images found; a round needs at least {MIN_LABELLED}. Label more.")
+    images_found = len({s.image_path for s in labelled})
+    if images_found < MIN_LABELLED:
+        raise DataError(f"{images_found} labelled images found; a round needs at least {MIN_LABELLED}. Label more.")
+    kinds = sorted({s.category for s in labelled})
+    if len(kinds) > 1:
+        raise DataError(f"The labels show {len(kinds)} categories: {', '.join(kinds)}. An adapter is of one; train one for each.")
     if seconds is not None or steps is not None:
         recipe = replace(recipe, seconds=seconds, steps=steps)
     recipe = replace(recipe, seed=seed)
@@ -138,7 +142,7 @@ def train_adapter(base: str | Path, data: Sequence[Path], out: Path, *, parent: 
     if not finished:
         raise InvalidInput(f"The round was stopped at step {loop.step}. Its state is kept; resume to go on.")
     model.eval()
-    metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "images": len({s.image_path for s in labelled}),
+    metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "images": images_found,
                "objects": len(labelled), "recipe": asdict(recipe), "curve": loop.curve}  # fmt: skip
     info = {"base": found.base, "parent": parent.name if parent else None, "schema": samples[0].schema.to_json(), "data": data_hash(data)}
     weights = {**adapter_state(model), **loop.average}

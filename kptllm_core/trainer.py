@@ -189,7 +189,10 @@ class Round:
         self._progress.update(now)
         if new_phase or time.monotonic() - self._reported > REPORT_EVERY or now.get("step") == now.get("steps", ""):
             self._reported = time.monotonic()
-            write_json(self.folder / "progress.json", self._progress, durable=False)
+            try:
+                write_json(self.folder / "progress.json", self._progress, durable=False)
+            except Unavailable as error:  # a disk that is full for a moment; the next report comes at once
+                log.warning("The progress of the round could not be written: %s", error.message)
 
 
 def pooled(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -74,6 +75,24 @@ def test_names_alone_make_a_config(material: Material) -> None:
     found = from_folder(material.pictures[0].path.parent, None, None, ["head", "left_wing", "right_wing"])
     assert not found.labelled and found.control.schema.names == ("head", "left_wing", "right_wing")
     assert found.control.schema.symmetric == ((1, 2),)
+
+
+def test_one_bad_image_is_left_out_by_its_name_and_the_others_are_used(
+    material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"None of the 1 images .* broken\.jpg: Not an image"):
+        from_folder(tmp_path, None, None, ("head",))
+    shutil.copy(material.pictures[0].path, tmp_path)
+    found = from_folder(tmp_path, None, None, ("head",))
+    assert [picture.path.name for picture in found.pictures] == [material.pictures[0].path.name]
+    assert "Left out broken.jpg: Not an image" in capsys.readouterr().err
+
+
+def test_a_config_without_images_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options_of(["--config", "a.xml"])
+    assert "--config goes with --images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [(), ("--images", "here", "--config", "a.xml"), ("--images", "here", "--labels", "a.json")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -408,6 +409,8 @@ def test_parts_of_the_groups(tmp_path: Path) -> None:
     assert {s.group for s in kept["heldout"].samples} == unseen and 1 < len(kept["heldout"].samples) < 10
     assert not unseen & {s.group for s in kept["train"].samples}
     assert len(kept["train"].samples) + len(kept["heldout"].samples) == len(kept["all"].samples) == 40
+    bare = [replace(everything[0], empty=everything[0].samples)]  # images without an object are of groups, too
+    assert [s.group in unseen for s in part_of(bare, "heldout")[0].empty] == [True] * len(kept["heldout"].samples)
     assert kept["train"].supports is kept["train"].samples  # supports come from the same part
     named = evaluate(Recorder(), everything, Options(task="name", part="heldout"))
     assert named["points"] == 4 * len(kept["heldout"].samples) and named["arguments"]["part"] == "heldout"

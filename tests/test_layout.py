@@ -41,6 +41,7 @@ def test_one_point_tells_no_turn() -> None:
 def test_objects_may_be_turned_unless_all_examples_stand_alike() -> None:
     assert may_be_turned([at(SHAPE)]), "one example tells nothing"
     assert may_be_turned([at(SHAPE, (2, 0, 0)), at(SHAPE, (2, 0, 0))]), "nor do two of one point"
+    assert may_be_turned([at(SHAPE), turned(15)]), "two may stand alike by chance"
     assert not may_be_turned([at(SHAPE), turned(15), turned(-15)])
     assert may_be_turned([at(SHAPE), turned(15), turned(90)])
 
@@ -64,6 +65,11 @@ def test_the_more_alike_the_examples_the_narrower_the_place() -> None:
     assert 0 < fall(one[0]) < fall(alike[0]) / 3
     assert fall(apart[0]) < fall(alike[0]) / 3
     assert all((p.flatten() - p.max() <= 0).all() and p[0, 10, 10] == p.max() for p in (one, alike)), "it peaks where the examples have it"
+
+
+def test_two_examples_do_not_tell_how_much_objects_differ() -> None:
+    alike, apart = prior([[[0.525, 0.525]]] * 2), prior([[[0.475, 0.525]], [[0.575, 0.525]]])
+    assert fall(alike[0]) == pytest.approx(fall(apart[0]), rel=0.1)
 
 
 def test_a_point_that_moves_does_not_widen_one_that_stays_for_long() -> None:
@@ -112,5 +118,5 @@ def test_examples_that_stand_alike_are_encoded_as_they_stand_and_others_in_all_t
     def turns(*examples: Example) -> int:
         return predictor.passes.prepare(category.schema, examples).tight.turns
 
-    assert turns(upright, upright) == 1
+    assert turns(upright, upright, upright) == 1
     assert turns(upright) == turns(upright, Example(quarter, beside)) == len(TURNS)

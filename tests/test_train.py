@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from kptllm_core import checkpoint as store
+from kptllm_core import loop
 from kptllm_core.__main__ import main
 from kptllm_core.checkpoint import load_checkpoint, write_tensors
 from kptllm_core.dataset import held_out, load_coco
@@ -280,6 +283,41 @@ def test_too_few_labels_are_refused(tmp_path: Path, tiny_model: str) -> None:
     (folder / "annotations.json").write_text(json.dumps(empty))
     with pytest.raises(DataError, match="at least 2"):
         train_adapter(tiny_model, [folder], tmp_path / "a", steps=1)
+
+
+def test_an_adapter_is_of_one_category(tmp_path: Path, tiny_model: str, coco_folder: Path) -> None:
+    (tmp_path / "images").symlink_to(coco_folder / "images")
+    data = json.loads((coco_folder / "annotations.json").read_text())
+    data["categories"].append({**data["categories"][0], "id": 99, "name": "another"})
+    data["annotations"][0]["category_id"] = 99
+    (tmp_path / "annotations.json").write_text(json.dumps(data))
+    with pytest.raises(DataError, match="2 categories: another"):
+        train_adapter(tiny_model, [tmp_path], tmp_path / "a", steps=1)
+
+
+def test_labels_without_a_point_are_refused_in_words(coco_folder: Path) -> None:
+    samples = load_coco(coco_folder).samples
+    bare = [replace(s, keypoints=KeypointSet(s.keypoints.names, s.keypoints.xy, np.zeros(len(s.keypoints.names), int))) for s in samples]
+    with pytest.raises(DataError, match="No object of these folders has a labelled point"):
+        Labelled(bare, Augmentation(), 12)
+
+
+def test_a_checkpoint_on_the_way_that_finds_no_room_does_not_end_a_training(
+    tmp_path: Path, coco_folder: Path, tiny_model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "PUBLISH_EVERY", 0.0)
+    real, calls = store.save_checkpoint, list[int]()
+
+    def full_at_first(*rest: Any) -> None:
+        calls.append(1)
+        if len(calls) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*rest)
+
+    monkeypatch.setattr(store, "save_checkpoint", full_at_first)
+    metrics = pretrain("tiny", [coco_folder], tmp_path / "out", replace(QUICK, steps=3))
+    assert metrics is not None and metrics["steps"] == 3 and len(calls) == 4
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_points_of_a_self_pair_lie_inside_their_window() -> None:

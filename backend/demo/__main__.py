@@ -70,6 +70,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     options.folder = (options.folder or services.ROOT / ".data" / ("tour" if options.once else "demo")).resolve()
     if options.labels and not options.images:
         parser.error("--labels needs --images: the folder with the images that it describes")
+    if options.config and not options.images:
+        parser.error("--config goes with --images: the folder with the images that it is for")
     options.names = [name.strip() for name in (options.names or "").split(",") if name.strip()]
     if options.images and not (options.labels or options.config or options.names):
         parser.error("--images needs to know the points: give --names head,tail or --labels annotations.json or --config config.xml")

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kptllm_core.dataset import Sample, load_coco
-from kptllm_core.errors import DataError
+from kptllm_core.errors import DataError, KptError
 from kptllm_core.imaging import image_size
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, symmetric_pairs
 from label_config.schema import KeypointControl, parse
 from label_config.writer import config_of
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")  # those of the core's formats that Label Studio takes as uploads
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,21 @@ def from_folder(images: Path, labels: Path | None, config: Path | None, names: S
     truth = _truth(samples, schema)
     if labels and not any(path.name in truth for path in files):
         raise DataError(f"{labels} describes none of the images in {images} with points that the label config knows "
-                        f"({', '.join(schema.names)}). Its file names must be those of the images.")  # fmt: skip
-    pictures = []
+                        f"({', '.join(schema.names)}). Its file names must be those of the images, and an image must show one object.")  # fmt: skip
+    pictures, unusable = list[Picture](), list[str]()
     for path in files:
-        width, height = image_size(path.read_bytes())
+        try:
+            width, height = image_size(path.read_bytes())
+        except KptError as error:  # one of many must not end the rest
+            unusable.append(f"{path.name}: {error.message}")
+            continue
         known = truth.get(path.name)
         points = known.keypoints.reorder(schema.names) if known else None
         pictures.append(Picture(path, width, height, points, known.group if known else path.name))
+    if not pictures:
+        raise DataError(f"None of the {len(files)} images in {images} can be used. {unusable[0]}")
+    for reason in unusable:
+        print(f"Left out {reason}", file=sys.stderr)
     return Material(f"Demo: {schema.category}", xml, tuple(pictures))
 
 
