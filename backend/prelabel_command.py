@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from backend import prelabel
+from backend import prelabel, split
 from backend.model import KptLLMBackend
 from backend.prelabel_work import CONCURRENCY, PrelabelWork
 from backend.services import Services
@@ -60,12 +60,15 @@ def run(args: argparse.Namespace) -> int:
                 return 0
             return _report(prelabel.prelabel_state(services, last))
         prelabel.check_project(services, project)
-        services.label_studio.project(args.project)  # what is wrong with address, token or number is best said before all else
+        # What is wrong with address, token or number is best said before all else.
+        shown = str(services.label_studio.project(args.project).get("model_version") or "")
         services.see_core()
-        if args.replace and not services.journal.label_config(project):
+        served = bool(split.MADE_HERE.fullmatch(shown))
+        if (args.replace or served) and not services.journal.label_config(project):
             raise InvalidInput(
-                f"The journal of these settings (DATA_DIR={services.settings.data_dir}) knows nothing of project {project}, so it could put "
-                "worse predictions in the place of better ones. Set DATA_DIR or DATABASE_URL as the backend has them, or leave out --replace."
+                f"The journal of these settings (DATA_DIR={services.settings.data_dir}) knows nothing of project {project}"
+                f"{f', which {shown} serves' if served else ''}. So worse predictions could take the place of better ones. "
+                f"Set DATA_DIR or DATABASE_URL as the backend has them{'' if served else ', or leave out --replace'}."
             )
         sweep(services, project)  # what was labelled while no backend ran serves as examples, too
         asked = prelabel.start(services, project, args.replace, "python -m backend prelabel")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from kptllm_core.keypoints import KeypointSet
+from kptllm_core.keypoints import KeypointSchema, KeypointSet
 from kptllm_core.layout import layout_prior, may_be_turned, turn_between
 from kptllm_core.predictor import Example, Predictor
 from kptllm_core.shots import TURNS
@@ -120,3 +122,21 @@ def test_examples_that_stand_alike_are_encoded_as_they_stand_and_others_in_all_t
 
     assert turns(upright, upright, upright) == 1
     assert turns(upright) == turns(upright, Example(quarter, beside)) == len(TURNS)
+
+
+def test_the_box_of_a_single_point_tells_nothing_nor_does_a_whole_image(predictor: Predictor) -> None:
+    rng = np.random.default_rng(9)
+    category = Category.sample(rng)
+    pairs = [category.render(rng, 96) for _ in range(4)]
+    images, plain = [pairs[0][0]], replace(predictor.passes, by_layout=False)
+
+    def differs(names: tuple[str, ...], box: np.ndarray | None) -> bool:
+        examples = [Example(image, KeypointSet(names, (p := points.reorder(names)).xy, p.visibility)) for image, points in pairs[1:]]
+        how = predictor._prompt(KeypointSchema(names), examples, "visual")
+        one, other = (passes.points(images, [box], how)[0] for passes in (predictor.passes, plain))
+        return not np.array_equal(one.xy, other.xy)
+
+    box = np.array([10.0, 10.0, 70.0, 70.0])
+    assert differs(category.schema.names, box)
+    assert not differs(category.schema.names[:1], box)
+    assert not differs(category.schema.names, None)

@@ -444,6 +444,10 @@ def test_the_command(here: World, studio: SmallLabelStudio, tmp_path: Path) -> N
     refused = run("--replace", DATABASE_URL=f"sqlite:///{tmp_path}/other.db")
     assert refused.returncode == 1
     assert "knows nothing of project 1" in refused.stderr
+    studio.project["model_version"] = version = here.services.journal.active("1").name
+    refused = run(DATABASE_URL=f"sqlite:///{tmp_path}/other.db")
+    assert refused.returncode == 1
+    assert f"knows nothing of project 1, which {version} serves" in refused.stderr
     here.stop_core()
     refused = run()
     assert refused.returncode == 1

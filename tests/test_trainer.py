@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -213,6 +214,21 @@ def test_progress_is_written_at_once_for_a_new_phase_and_then_not_too_often(tmp_
     it.report(phase="training", step=9)  # training stops by itself, with its state saved
     with pytest.raises(Stopped):
         it.report(phase="scoring")
+
+
+def test_a_disk_that_is_full_for_a_moment_ends_no_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    it = Round(a_round(tmp_path, {"train": [picture(1)], "heldout": [picture(3)]}))
+    it.report(phase="training")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "replace", full)
+        it.report(phase="training", step=9, steps=9)
+    assert read_json(tmp_path / "progress.json") == {"phase": "training"}
+    it.report(phase="scoring")
+    assert read_json(tmp_path / "progress.json")["phase"] == "scoring"
 
 
 def test_one_trainer_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
