@@ -51,6 +51,8 @@ class Predictor:
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise InvalidInput(f"The device {name} was asked for; torch finds no CUDA here. Use cpu or auto, or install a torch with CUDA.")
         self.device = torch.device(name)
         self.model = checkpoint.model.to(self.device).eval()
         self.tokenizer = checkpoint.tokenizer

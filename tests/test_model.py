@@ -13,6 +13,7 @@ from kptllm_core.adapters import AdapterSwitch, adapter_state, add_lora
 from kptllm_core.checkpoint import load_checkpoint
 from kptllm_core.config import ModelConfig, model_folder
 from kptllm_core.decoder import Answer, peak, robust_fit, similarity_fit
+from kptllm_core.errors import InvalidInput
 from kptllm_core.geometry import similarity_crop
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.language import write_questions
@@ -259,3 +260,9 @@ def test_many_names_are_chosen_from_some_at_a_time(predictor: Predictor, monkeyp
     in_parts = predictor.name_points(image, np.array([[10, 10], [70, 80]]), candidates=names)
     assert [n for n, _ in in_parts] == [n for n, _ in at_once]
     assert [c for _, c in in_parts] == pytest.approx([c for _, c in at_once], abs=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(tiny_model: str) -> None:
+    with pytest.raises(InvalidInput, match="torch finds no CUDA here"):
+        load_predictor(tiny_model, device="cuda")
