@@ -67,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
         if (args.replace or served) and not services.journal.label_config(project):
             raise InvalidInput(
                 f"The journal of these settings (DATA_DIR={services.settings.data_dir}) knows nothing of project {project}"
-                f"{f', which {shown} serves' if served else ''}. So worse predictions could take the place of better ones. "
-                f"Set DATA_DIR or DATABASE_URL as the backend has them{'' if served else ', or leave out --replace'}."
+                + (f", which {shown} serves" if served else "")
+                + ". So worse predictions could take the place of better ones. Set DATA_DIR or DATABASE_URL as the backend has them"
+                + ("." if served else ", or leave out --replace.")
             )
         sweep(services, project)  # what was labelled while no backend ran serves as examples, too
         asked = prelabel.start(services, project, args.replace, "python -m backend prelabel")

@@ -92,9 +92,10 @@ def part_of(categories: Sequence[Category], part: str) -> list[Category]:
     found = []
     for category in categories:
         unseen = held_out(s.group for s in category.samples) if category.unseen is None else category.unseen
-        samples = [s for s in category.samples if (s.group in unseen) == (part == "heldout")]
+        samples, empty = (
+            [s for s in some if (s.group in unseen) == (part == "heldout")] for some in (category.samples, category.empty)
+        )
         if samples:
-            empty = [s for s in category.empty if (s.group in unseen) == (part == "heldout")]
             found.append(replace(category, samples=samples, empty=empty, supports=samples if category.same_pool else category.supports))
     if not found:
         groups = len({s.group for c in categories for s in c.samples})
