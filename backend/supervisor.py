@@ -4,12 +4,14 @@
                  └── backend   gunicorn, a few processes of backend.app
 
 A single thread: it passes the children's output on, line by line with their name before it, restarts those that ended or
-hang, and on SIGTERM or SIGINT stops all of them together. Should it be killed itself, the kernel kills its children.
+hang, and on SIGTERM or SIGINT stops all of them together. One that refuses what it was told, and never worked, would
+refuse it each time: then everything ends. Should it be killed itself, the kernel kills its children.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import selectors
@@ -35,6 +37,7 @@ PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)  # before the 1st, 2nd, … restart
 PROBE_SECONDS = 5.0
 HUNG_PROBES = 6  # so many probes without an answer, and a child that had answered before is taken for hung
 STARTING_SECONDS = 600.0  # time for the first answer: a model may have to be loaded
+MISTAKEN = 2  # exit code of a child whose last line explains what it was told wrongly: a model, a device, a folder
 NOT_FOR_THE_CORE = ("LABEL_STUDIO_API_KEY", "BASIC_AUTH_PASS", "WEBHOOK_SECRET", "DATABASE_URL")
 _PR_SET_PDEATHSIG = 1
 log = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ class Child:
     failures: int = 0
     probe_at: float = 0.0
     answered: bool = False
+    worked: bool = False  # in this life or an earlier one
     silent: int = 0
     rest: bytes = field(default=b"", repr=False)  # output of a line that is not complete yet
 
@@ -89,10 +93,11 @@ class Supervisor:
         self.stop_seconds, self.probe_seconds = stop_seconds, probe_seconds
         self._selector = selectors.DefaultSelector()
         self._stopping: int | None = None
+        self._mistaken = False
         self._width = max(len(k.name) for k in kids)
 
     def run(self) -> int:
-        """Until a signal says stop. 0 after an orderly end, 1 when a child had to be killed for it."""
+        """Until a signal says stop. 0 after an orderly end, 1 when a child had to be killed for it, MISTAKEN when one cannot start."""
         wake, woken = socket.socketpair()
         wake.setblocking(False)
         woken.setblocking(False)
@@ -100,11 +105,11 @@ class Supervisor:
         old_fd = signal.set_wakeup_fd(wake.fileno())
         self._selector.register(woken, selectors.EVENT_READ, None)
         try:
-            while self._stopping is None:
+            while self._stopping is None and not self._mistaken:
                 for child in self.kids:
                     self._look_after(child)
                 self._listen(0.25, woken)
-            return self._stop(woken)
+            return self._stop(woken) or (MISTAKEN if self._mistaken else 0)
         finally:
             signal.set_wakeup_fd(old_fd)
             for number, handler in old.items():
@@ -131,8 +136,9 @@ class Supervisor:
             self._ended(child, code, now)
         elif child.health is not None and now >= child.probe_at:
             child.probe_at = now + self.probe_seconds
-            if _answers(child.health):
+            if state := _health(child.health):
                 child.answered, child.silent = True, 0
+                child.worked |= state != "LOADING"
                 return
             child.silent += 1
             slow_start = not child.answered and now - child.started > STARTING_SECONDS
@@ -157,6 +163,10 @@ class Supervisor:
     def _ended(self, child: Child, code: int, now: float) -> None:
         self._drain(child)
         self._signal(child, signal.SIGKILL)  # what it may have left behind in its group
+        if code == MISTAKEN and not child.worked:
+            child.process, child.restart_at, self._mistaken = None, None, True
+            self._say(child, "cannot start, for the reason above; everything stops")
+            return
         child.failures = 0 if now - child.started > STEADY_SECONDS else child.failures + 1
         pause = self.pauses[min(child.failures, len(self.pauses) - 1)]
         child.process, child.restart_at = None, now + pause
@@ -244,15 +254,19 @@ class Supervisor:
             self._stopping = self._stopping or signal.SIGHUP  # nobody reads us any more
 
 
-def _answers(url: str) -> bool:
+def _health(url: str) -> str:
+    """How a child says that it is ("UP" where it does not say); empty if it does not answer."""
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(url, timeout=2.0) as answer:
-            return bool(answer.status < 500)
+            said = json.load(answer) if answer.status == 200 else {}
+            return str(said.get("status", "UP")) if isinstance(said, dict) else "UP"
     except urllib.error.HTTPError as error:
-        return error.code < 500
+        return "UP" if error.code < 500 else ""
+    except json.JSONDecodeError:
+        return "UP"
     except (OSError, ValueError):
-        return False
+        return ""
 
 
 def _die_with(parent: int) -> None:

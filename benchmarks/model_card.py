@@ -32,6 +32,7 @@ import torch
 from benchmarks import one_pass, rounds, tables
 from benchmarks.parallel import run_each
 from kptllm_core import evaluate, report
+from kptllm_core.ablation import ABLATIONS
 from kptllm_core.checkpoint import load_checkpoint
 from kptllm_core.config import ModelConfig, model_folder
 from kptllm_core.dataset import held_out, load_coco
@@ -57,7 +58,7 @@ EVALUATIONS: dict[str, dict[str, tuple[str, ...]]] = {  # table → name → fla
     "objects": {
         f"objects {prompt}": ("--task", "instances", "--shots", "5", "--prompt", prompt, "--episodes", "6") for prompt in tables.PROMPTED
     },
-    "ablations": {f"without {part}": ("--without", part) for part in tables.ABLATED},
+    "ablations": {f"without {part}": ("--without", part) for part in ABLATIONS},
 }  # fmt: skip
 NAMING = ("--task", "name", "--part", "heldout")
 TABLES = (*EVALUATIONS, "naming", "latency", "rounds", "recipes")

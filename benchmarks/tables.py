@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kptllm_core.ablation import ABLATIONS
 from kptllm_core.finder import COUNTED
 from kptllm_core.keypoints import SHOWN
 from kptllm_core.metrics import EASY_COPY
@@ -19,7 +20,6 @@ Cells = Sequence[str]
 NONE = "–"
 BASELINES = ("untrained", "correlation", "sift", "template")
 PROMPTED = ("visual", "text", "both")
-ABLATED = ("identify", "extractor", "llm", "refinement")
 ROUND_50 = ("dlc_horse_walk", "glue_tubes", "dpk_fly")
 PRECISE, NAMED_ELSEWHERE = "fly_wing", "dpk_fly"
 CURVE_ROWS = 8
@@ -194,7 +194,7 @@ def baselines_table(found: Findings) -> list[str]:
 
 
 def ablations_table(found: Findings) -> list[str]:
-    plain = [f"without {part}" for part in ABLATED]
+    plain = [f"without {part}" for part in ABLATIONS]
     rows = [
         (name, *(_pck(reports.get(c)) for c in ("1-shot", *plain)))
         for name, reports in found.evaluations.items()

@@ -32,6 +32,7 @@ from kptllm_core.language import load_tokenizer
 from kptllm_core.model import KptLLM
 
 WEIGHTS, ADAPTER = "model.safetensors", "adapter.safetensors"
+MANIFEST = "manifest.json"  # the last of a folder's files to be written
 
 
 @dataclass
@@ -91,7 +92,7 @@ def save_config(folder: Path, config: ModelConfig) -> None:
 
     def write(new: Path) -> None:
         for path in folder.iterdir():
-            if path.is_file() and path.name != "manifest.json":
+            if path.is_file() and path.name != MANIFEST:
                 shutil.copy(path, new / path.name)
         config.save(new)
 
@@ -147,7 +148,7 @@ def publish(folder: Path, write: Any) -> None:
     try:
         write(new)
         files = sorted(p for p in new.iterdir() if p.is_file())
-        (new / "manifest.json").write_text(json.dumps({p.name: _digest(p) for p in files if p.name != "README.md"}, indent=1) + "\n")
+        (new / MANIFEST).write_text(json.dumps({p.name: _digest(p) for p in files if p.name != "README.md"}, indent=1) + "\n")
         for path in new.iterdir():
             path.chmod(0o644)  # another user may serve what this one trained
             _flush(path)
@@ -177,7 +178,7 @@ def _bring_back(folder: Path) -> None:
 def verify(folder: Path) -> None:
     """Compares every file with the manifest; ArtifactError names the first that differs."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
         raise ArtifactError(f"{folder} has no readable manifest.json; its files cannot be trusted. Copy the folder again, whole.") from None
     for name, expected in manifest.items():

@@ -281,6 +281,8 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate as the flags say; writes the report, prints the table. Raises KptError."""
     told = {name: getattr(args, name) for name in Options.__dataclass_fields__}
     options = Options(**told | {"without": tuple(dict.fromkeys(args.without or ()))})
+    if args.draw and options.task != "detect":
+        raise InvalidInput(f"--draw shows supports and the points that are detected; --task {options.task} has no such picture. Leave it out.")
     categories = _load(args, options)
     report.check_writable(args.out)
     predictor = load_predictor(args.model, adapter=args.adapter, device=args.device, untrained=args.untrained)

@@ -80,6 +80,8 @@ class Options:
         if self.task == "instances" and (self.protocol != "episodes" or self.baseline or self.without or self.rotate or self.cut or self.wrong):
             raise InvalidInput("--task instances looks at whole images as they are. Leave out --protocol, --baseline, --without, --rotate, "
                                "--cut and --wrong.")  # fmt: skip
+        if self.task == "instances" and self.boxes != Options.boxes:
+            raise InvalidInput(f"--task instances finds the boxes itself; --boxes {self.boxes} means nothing there. Leave it out.")
         if self.protocol != "episodes" and (self.cut or self.wrong):
             raise InvalidInput(f"--cut and --wrong belong to our own episodes; {self.protocol} knows neither. Leave them out.")
         if self.protocol != "episodes" and self.part != "all":

@@ -35,7 +35,7 @@ BATCH = 8
 class Source:
     """One image to predict, with the id that its results carry."""
 
-    image_id: int
+    image_id: int | str
     path: Path
     name: str  # as results and errors call it
 
@@ -50,10 +50,10 @@ def list_images(folder: Path) -> list[Source]:
     if annotations.is_file():
         try:
             images = json.loads(annotations.read_text(encoding="utf-8"))["images"]
-            found = [Source(int(i["id"]), folder / "images" / str(i["file_name"]), str(i["file_name"])) for i in images]
+            found = [Source(_id(i), folder / "images" / str(i["file_name"]), str(i["file_name"])) for i in images]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{annotations} is no COCO file: {error!r}. Expected a list 'images' with id and file_name."
+                f"{annotations} is no COCO file: {error!r}. Expected a list 'images' with id (a number or a text) and file_name."
             ) from None
     else:
         files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES)
@@ -61,6 +61,13 @@ def list_images(folder: Path) -> list[Source]:
     if not found:
         raise DataError(f"{folder} has no images. Expected files that end in {', '.join(sorted(SUFFIXES))}.")
     return found
+
+
+def _id(image: dict[str, Any]) -> int | str:
+    """As the file has it, so that results fit its annotations: COCO's ids are numbers, other programs write texts."""
+    if isinstance(image["id"], bool) or not isinstance(image["id"], int | str):
+        raise TypeError(f"id {image['id']!r}")
+    return image["id"]
 
 
 def choose_support(folder: Path, shots: int, category: str | None) -> list[Sample]:

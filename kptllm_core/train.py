@@ -89,7 +89,8 @@ def pretrain(model: str | Path, data: Sequence[Path], out: Path, recipe: Recipe,
             score = watched.score(built, loop.average)
             loop.curve.append({"step": loop.step, "seconds": round(loop.spent, 1), "watch": round(score, 4)})
             if score < best - NOISE and (out / "metrics.json").is_file():
-                return dict(json.loads((out / "metrics.json").read_text()))
+                kept = dict(json.loads((out / "metrics.json").read_text()))
+                return kept | {"withheld": f"After {loop.step} steps the watched PCK was {score:.3f}, clearly worse than the {best:.3f} it had been"}
             best = max(best, score)
         metrics = {"steps": loop.step, "seconds": round(loop.spent, 1), "resumed": resumed, "finished": loop.used >= 1, "recipe": asdict(recipe),
                    "start": before.base if before else None,
@@ -211,6 +212,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rate", type=float, help="peak learning rate")
     parser.add_argument("--parent", type=Path, metavar="DIR", help="with --lora: the adapter to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the state that an earlier run left")
+    parser.add_argument("--replace", action="store_true", help="train anew where --out holds a trained model or adapter already")
     parser.add_argument("--seconds", type=float, help="budget of training time (default: 3600, with --lora 150)")
     parser.add_argument("--steps", type=int, help="budget of steps, instead of seconds")
     parser.add_argument("--episodes", type=int, help="episodes in a batch")
@@ -232,6 +234,9 @@ def run(args: argparse.Namespace) -> int:
         for sample in {s.image_path: s for s in load_coco(folder).samples}.values():
             sample.check()
     check_writable(args.out)
+    if (args.out / store.MANIFEST).is_file() and not args.replace and not (args.resume and _state_file(args.out).is_file()):
+        raise InvalidInput(f"{args.out} holds what an earlier training made. Choose another --out, give --replace to train anew in its place, or "
+                           "--resume to go on with a training that was stopped.")  # fmt: skip
     bar = tqdm(unit="step", desc=f"train {args.out.name}", dynamic_ncols=True)
 
     def progress(now: dict[str, Any]) -> None:
@@ -268,5 +273,7 @@ def run(args: argparse.Namespace) -> int:
         again = [a for a in sys.argv[1:] if a != "--resume"]
         print(f"Stopped. Go on with: python -m kptllm_core {shlex.join([*again, '--resume'])}", file=sys.stderr)
         return 3
-    print(f"Wrote {args.out}: {metrics['steps']} steps in {metrics['seconds']:.0f} s.")
+    said = f"{metrics['steps']} steps in {metrics['seconds']:.0f} s"
+    worse = metrics.get("withheld")
+    print(f"{worse}. {args.out} stays as it was after {said}." if worse else f"Wrote {args.out}: {said}.")
     return 0

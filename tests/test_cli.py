@@ -85,10 +85,17 @@ def test_predict_keeps_the_ids_of_a_coco_folder(folder: Path, tmp_path: Path) ->
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     data = json.loads((copy / "annotations.json").read_text())
-    for image in data["images"]:
-        image["id"] += 100
-    (copy / "annotations.json").write_text(json.dumps(data))
-    assert [r["image_id"] for r in predict(copy, tmp_path, "--names", "nose")] == [101, 102, 103, 104, 105, 106]
+    for ids in ([101, 102, 103, 104, 105, 106], ["a", "7", "c", "d", "e", "f"]):
+        for image, number in zip(data["images"], ids, strict=True):
+            image["id"] = number
+        (copy / "annotations.json").write_text(json.dumps(data))
+        assert [r["image_id"] for r in predict(copy, tmp_path, "--names", "nose")] == ids
+
+
+def test_no_pictures_are_promised_where_none_are_made(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ("evaluate", "--model", "tiny", "--data", folder, "--draw", tmp_path / "pictures", "--out", tmp_path / "report.json")
+    assert "--task name has no such picture" in fails(capsys, *call, "--task", "name")
+    assert "--task instances has no such picture" in fails(capsys, *call, "--task", "instances")
 
 
 def test_an_unreadable_image_costs_only_itself(

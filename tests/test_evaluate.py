@@ -530,6 +530,7 @@ def test_copy_averages_supports_and_needs_one() -> None:
         ({"protocol": "ap10k", "cut": True}, "ap10k knows neither"),
         ({"shots": 2, "wrong": 2}, "--wrong 2 of 2 shots"),
         ({"wrong": -1}, "--wrong -1 of 1 shots"),
+        ({"task": "instances", "boxes": "found"}, "--boxes found means nothing"),
     ],
 )
 def test_options_are_checked(wrong: dict[str, Any], message: str) -> None:

@@ -135,6 +135,20 @@ def test_a_child_that_dies_is_started_anew_with_growing_pauses(start: Any) -> No
     assert run.stop() == 0
 
 
+def test_a_child_that_refuses_what_it_was_told_ends_everything(start: Any) -> None:
+    run = start([{"name": "a", "command": python("print('no such model'); raise SystemExit(2)")}, {"name": "b", "command": python(DEAF)}], 0.5)
+    assert run.process.wait(20) != 0
+    assert run.text.count("no such model") == 1 and "a | [cannot start" in run.text
+
+
+@pytest.mark.parametrize("wrong", [{"MODEL": "nowhere"}, {"MODEL": "tiny", "DEVICE": "cuda:7"}])
+def test_a_model_or_device_that_is_not_there_ends_the_product_in_words(wrong: dict[str, str], start: Any, tmp_path: Path) -> None:
+    run = start(command=[sys.executable, "-u", "-m", "backend"], PORT=str(free_port()), CORE_PORT=str(free_port()), DATA_DIR=str(tmp_path),
+                CORE_URL="", DATABASE_URL=journal_url(tmp_path), WEB_WORKERS="1", **wrong)  # fmt: skip
+    assert run.process.wait(90) == 2
+    assert list(wrong.values())[-1] in run.text and "core    | error:" in run.text and "Traceback" not in run.text
+
+
 def test_a_killed_child_comes_back_and_leaves_nothing_behind(start: Any) -> None:
     run = start([{"name": "a", "command": python(PARENT)}])
     run.until(lambda: "grandchild" in run.text)
@@ -181,6 +195,14 @@ def test_a_hung_child_is_killed_and_started_anew(start: Any, monkeypatch: pytest
     (child,) = psutil.Process(run.process.pid).children()
     child.suspend()
     run.until(lambda: "does not answer" in run.text and run.text.count("serving") == 2, 40)
+    assert run.stop() == 0
+
+
+def test_a_child_that_has_worked_is_started_anew_whatever_it_ends_with(start: Any) -> None:
+    port = free_port()
+    code = SERVER.replace("PORT", str(port)).replace("print('serving')", "print('serving'); threading.Timer(1.5, os._exit, [2]).start()")
+    run = start([{"name": "a", "command": python(f"import os{code}"), "health": f"http://127.0.0.1:{port}/health"}])
+    run.until(lambda: run.text.count("serving") == 2 and "ended (exit code 2)" in run.text)
     assert run.stop() == 0
 
 

@@ -249,6 +249,33 @@ def test_a_run_can_begin_with_earlier_weights_and_watch_a_category(tmp_path: Pat
             torch.testing.assert_close(after[name], value, atol=2e-3, rtol=2e-3)
 
 
+def test_a_checkpoint_that_is_worse_on_what_is_watched_is_not_kept_and_that_is_told(
+    tmp_path: Path, coco_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = iter([0.5, 0.1, 0.1])
+    monkeypatch.setattr("kptllm_core.curve.Watch.score", lambda *_: next(scores))
+    monkeypatch.setattr(loop, "PUBLISH_EVERY", -1.0)
+    call = ["train", "--model", "tiny", "--data", str(coco_folder), "--watch", str(coco_folder), "--workers", "0", "--out", str(tmp_path / "out")]
+    assert main([*call, "--steps", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "the watched PCK was 0.100" in said and "stays as it was after 1 steps" in said
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["steps"] == 1
+
+
+def test_what_an_earlier_training_made_is_replaced_only_on_request(
+    tmp_path: Path, coco_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = ["train", "--lora", "--model", "tiny", "--data", str(coco_folder), "--workers", "0", "--steps", "1", "--out", str(tmp_path / "a")]
+    assert main(call) == 0
+    made = (tmp_path / "a" / "adapter.safetensors").read_bytes()
+    for again in ([], ["--resume"], ["--seed", "1"]):
+        assert main([*call, *again]) == 2
+        assert "--replace" in capsys.readouterr().err
+    assert (tmp_path / "a" / "adapter.safetensors").read_bytes() == made
+    assert main([*call, "--seed", "1", "--replace"]) == 0
+    assert (tmp_path / "a" / "adapter.safetensors").read_bytes() != made
+
+
 def test_weights_of_another_size_are_not_taken_over(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="same preset"):
         pretrain("tiny", [], tmp_path / "out", Recipe(**{**vars(QUICK), "steps": 1}), start=Path("nano"))
