@@ -17,8 +17,8 @@ import requests
 
 from backend.label_studio import LabelStudio
 from backend.settings import Settings
-from backend.transport import Json
-from kptllm_core.errors import InvalidInput, KptError, Unauthorized
+from backend.transport import Json, no_tls
+from kptllm_core.errors import InvalidInput, KptError, NotFound, Unauthorized
 from label_config.schema import LabelConfig, parse
 
 TITLE = "KptLLM"  # of the model in Label Studio, until the backend names it after the version that serves (shown.py)
@@ -118,6 +118,8 @@ class Connection:
             raise InvalidInput(
                 f"--backend-url ends with /projects/{below[:20]}, but --project is {project}. Leave it out."
             )
+        if _same(base, studio.url):
+            raise InvalidInput(f"--url and --backend-url are both {base}. Expected two addresses: Label Studio's, and this backend's.")
         self._studio, self._project, self._base = studio, project, base
         self._url = f"{base}/projects/{project}"
         self._title, self._interactive, self._login, self._secret = title, interactive, login, webhook_secret
@@ -159,7 +161,15 @@ class Connection:
     # ---- Label Studio -------------------------------------------------------------------------------------------
     def _label_studio(self) -> None:
         anonymous = LabelStudio(self._studio.url, "", self._studio.ca, tries=2, connect_timeout=5.0, timeout=10.0)
-        self._say("✓", f"Label Studio {anonymous.version()} answers at {self._studio.url}.")
+        try:
+            version = anonymous.version()
+        except NotFound:
+            if _is_backend(self._studio.url):
+                raise InvalidInput(
+                    f"What answers at {self._studio.url} is a backend like this one, not Label Studio. Give Label Studio's address with --url."
+                ) from None
+            raise
+        self._say("✓", f"Label Studio {version} answers at {self._studio.url}.")
 
     def _token(self) -> None:
         self._say(
@@ -186,13 +196,14 @@ class Connection:
     def _backend(self) -> None:
         """The backend as seen from here. Label Studio's own view, in the next step, is the one that counts."""
         try:
-            health = requests.get(f"{self._url}/health", timeout=(3, 5), allow_redirects=False)
-            report = health.json() if health.status_code == 200 else {}
-        except (requests.RequestException, ValueError):
+            status, report = _health(self._url)
+        except requests.RequestException as cause:
             self._reached = f"the backend does not answer at {self._base} from here"
+            if no_tls(cause):
+                self._reached += " by https, only by http"
             return
-        if not isinstance(report, dict) or report.get("status") != "UP":
-            self._reached = f"{self._url}/health answers {health.status_code}, not as this backend does"
+        if report.get("status") != "UP":
+            self._reached = f"{self._url}/health answers {status}, not as this backend does"
             return
         self._say("✓", f"The backend answers at {self._base}.")
         for part, why in (report.get("degraded") or {}).items():
@@ -368,6 +379,24 @@ class _Basic(requests.auth.AuthBase):
             word = base64.b64encode(":".join(self._login).encode()).decode()
             request.headers["Authorization"] = f"Basic {word}"
         return request
+
+
+def _health(url: str) -> tuple[int, Json]:
+    """The HTTP status of a server's /health, and the JSON object that it says; empty if it says none. requests.RequestException."""
+    answer = requests.get(f"{url}/health", timeout=(3, 5), allow_redirects=False)
+    try:
+        said = answer.json() if answer.status_code == 200 else {}
+    except ValueError:
+        said = {}
+    return answer.status_code, said if isinstance(said, dict) else {}
+
+
+def _is_backend(url: str) -> bool:
+    """Whether one of ours answers there; Label Studio has a /health, too."""
+    try:
+        return "degraded" in _health(url)[1]
+    except requests.RequestException:
+        return False
 
 
 def _same(one: object, other: str) -> bool:

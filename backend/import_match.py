@@ -58,7 +58,7 @@ class Matcher:
     def __init__(self, found: Iterable[tuple[object, str]], images: Iterable[LabelledImage] = ()) -> None:
         images = list(images)
         longest = sorted(set(map(_video, images)) - {""}, key=lambda video: (-len(video), video))  # fly_2 has fly in it, too
-        videos = {video: (_whole(video), _whole(_plain(video) or video)) for video in longest}
+        videos = {video: (_whole(video), _whole(stored_name(video) or video)) for video in longest}
         folders = {folder for image in images if image.frame is None for folder in _own_parts(image)[:-1]}
         self._by_name: dict[str, list[_Known]] = defaultdict(list)
         self._by_upload: dict[str, list[_Known]] = defaultdict(list)  # by the name as Label Studio stores it
@@ -72,7 +72,7 @@ class Matcher:
             known = _Known(key, parts, video)
             for name in {parts[-1], _stem(parts[-1])}:
                 if uploaded:
-                    self._by_upload[_plain(name)].append(known)
+                    self._by_upload[stored_name(name)].append(known)
                 else:
                     self._by_name[name].append(known)
             digits = re.findall(r"\d+", _stem(parts[-1]))
@@ -100,7 +100,7 @@ class Matcher:
         return self._best(found, wanted, same)
 
     def _called(self, name: str) -> list[_Known]:
-        return self._by_name.get(name, []) + self._by_upload.get(_plain(name), [])
+        return self._by_name.get(name, []) + self._by_upload.get(stored_name(name), [])
 
     def _best(self, found: list[_Known], wanted: Parts, same: str) -> tuple[object | None, str]:
         """The one that shares most folders with `wanted`, and does not contradict them. same: what they have in common."""
@@ -118,12 +118,12 @@ def not_unique(images: Iterable[LabelledImage]) -> set[str]:
     count: dict[str, int] = defaultdict(int)
     for image in images:
         if _own_parts(image):
-            count[_plain(_own_parts(image)[-1])] += 1
+            count[stored_name(_own_parts(image)[-1])] += 1
     return {name for name, times in count.items() if times > 1}
 
 
 def is_unique(image: LabelledImage, shared: set[str]) -> bool:
-    return not _own_parts(image) or _plain(_own_parts(image)[-1]) not in shared
+    return not _own_parts(image) or stored_name(_own_parts(image)[-1]) not in shared
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -173,6 +173,6 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _plain(part: str) -> str:
+def stored_name(part: str) -> str:
     """As Label Studio stores an uploaded file's name: blanks become underscores, odd characters go."""
     return re.sub(r"[^-\w.]", "", part.strip().replace(" ", "_"))

@@ -44,7 +44,7 @@ def health_report(services: Services) -> dict[str, Any]:
 
 def project_list(services: Services) -> list[dict[str, Any]]:
     with services.journal.reading() as session:
-        rows = session.scalars(select(Project).order_by(Project.id)).all()
+        rows = session.scalars(select(Project).order_by(func.length(Project.id), Project.id)).all()  # 2 before 11
         names = {
             v.id: v.name
             for v in session.scalars(select(Version).where(Version.id.in_([r.active_version for r in rows])))

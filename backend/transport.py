@@ -231,6 +231,8 @@ class Transport:
 
     def _unreachable(self, cause: requests.RequestException) -> KptError:
         text = str(cause)
+        if no_tls(cause):
+            return Unavailable(f"What answers at {self.url} speaks no https. Give its address with http://.")
         if isinstance(cause, requests.exceptions.SSLError):
             return Unavailable(
                 f"The certificate of {self.url} was not accepted ({_reason(text)}). When a private authority signed "
@@ -406,6 +408,11 @@ def _reason(text: str) -> str:
     """The short part of an urllib3 message: behind the last `Errno`, or the quoted cause."""
     found = re.findall(r"(?:\[Errno -?\d+\] |certificate verify failed: |: )([A-Za-z][^:()'\"\[\]]{4,80})", text)
     return found[-1].strip() if found else "no further reason given"
+
+
+def no_tls(cause: requests.RequestException) -> bool:
+    """Whether https was asked of a server that speaks plain http."""
+    return any(words in str(cause) for words in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"))
 
 
 def _never_made(cause: requests.RequestException) -> bool:

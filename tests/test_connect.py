@@ -162,6 +162,23 @@ def test_nobody_at_label_studios_address(backend: SmallServer, capsys: pytest.Ca
     assert "Connection refused" in capsys.readouterr().out
 
 
+def test_addresses_that_were_exchanged_or_are_the_same(studio: SmallServer, backend: SmallServer, capsys: pytest.CaptureFixture[str]) -> None:
+    backend.routes["/api/version"] = Answer(404)
+    assert run(backend.url, studio.url) == 1
+    assert "is a backend like this one, not Label Studio. Give Label Studio's address with --url" in capsys.readouterr().out
+    with pytest.raises(InvalidInput, match="Expected two addresses"):
+        run(studio.url, f"{studio.url}/")
+
+
+def test_https_where_there_is_none(studio: SmallServer, backend: SmallServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(studio.url.replace("http:", "https:"), backend.url) == 1
+    assert "speaks no https. Give its address with http://" in capsys.readouterr().out
+    down = {"non_field_errors": ["health check failed"]}
+    studio.routes["/api/ml/"] = reply({"validation_errors": down}, 400)
+    assert run(studio.url, backend.url.replace("http:", "https:")) == 1
+    assert "by https, only by http" in capsys.readouterr().out
+
+
 def test_settings_of_the_project_are_mended(
     studio: SmallServer, backend: SmallServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

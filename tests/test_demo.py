@@ -20,7 +20,7 @@ import pytest
 
 from backend.demo.__main__ import _options as options_of
 from backend.demo.measure import pck
-from backend.demo.project import corrected
+from backend.demo.project import corrected, names_of
 from backend.demo.samples import Material, Picture, choose, from_folder, rendered
 from backend.demo.services import ROOT, Login, Service, alone_in, free_port, label_studio_executable, wait_until
 from kptllm_core.errors import Conflict, DataError, Unavailable
@@ -51,12 +51,26 @@ def test_a_users_folder_may_be_labelled_in_part(material: Material, tmp_path: Pa
     assert (len(found.pictures), len(found.labelled)) == (6, 2)
 
 
-def test_images_with_several_objects_are_tasks_without_truth(material: Material, tmp_path: Path) -> None:
+def test_images_with_several_objects_are_tasks_without_truth(material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = material.pictures[0].path.parent
     data = json.loads((folder.parent / "annotations.json").read_text())
     data["annotations"].append(data["annotations"][0] | {"id": 99})
     (tmp_path / "more.json").write_text(json.dumps(data))
     assert len(from_folder(folder, tmp_path / "more.json", None).labelled) == 5
+    assert "1 image with several objects comes without labels" in capsys.readouterr().err
+
+
+def test_bad_labels_are_told_by_the_name_that_the_user_gave(material: Material, tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text('{"images": 3}')
+    with pytest.raises(DataError) as told:
+        from_folder(material.pictures[0].path.parent, tmp_path / "mine.json", None)
+    assert str(tmp_path / "mine.json") in str(told.value) and "annotations.json" not in str(told.value)
+
+
+def test_pictures_keep_their_names_unless_label_studio_would_change_them(material: Material) -> None:
+    picture = material.pictures[0]
+    pictures = [replace(picture, path=Path("x") / name) for name in ("a.jpg", "b c.jpg", "b_c.jpg", "fly (2).png", "y" * 70 + ".png")]
+    assert names_of(pictures) == ["a.jpg", "image-00001.jpg", "image-00002.jpg", "fly (2).png", "image-00004.png"]
 
 
 def test_a_users_own_config_decides_which_points_there_are(material: Material, tmp_path: Path) -> None:

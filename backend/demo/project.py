@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from backend.database import parts
 from backend.demo.samples import Material, Picture
+from backend.import_match import parts_of, stored_name
 from backend.label_studio import LabelStudio
 from kptllm_core.errors import DataError
 from label_config.regions import to_regions
 
-UPLOADED = re.compile(r"-(\d{5})-[^/]*$")  # Label Studio puts an id before the name of a file and may change the rest
+LONG = 60  # characters of a file's name that Label Studio may shorten
 AT_ONCE = 8  # images in one upload, and tasks in one /predict: an answer later than 100 s is thrown away
 Region = dict[str, Any]
 
@@ -23,20 +25,19 @@ class DemoProject:
         """Creates the project and uploads every picture."""
         self.label_studio, self.material, self.control = label_studio, material, material.control
         self.id = int(label_studio.create_project(material.title, material.config)["id"])
-        for at in range(0, len(material.pictures), AT_ONCE):
-            chunk = material.pictures[at : at + AT_ONCE]
-            label_studio.upload(self.id, [
-                (f"{number:05d}-{picture.path.name}", picture.path.read_bytes()) for number, picture in enumerate(chunk, at)
-            ])  # fmt: skip
-        self.tasks = {material.pictures[number].path: task for number, task in self._uploaded()}
+        named = dict(zip(names_of(material.pictures), material.pictures, strict=True))
+        for chunk in parts(named.items(), AT_ONCE):
+            label_studio.upload(self.id, [(name, picture.path.read_bytes()) for name, picture in chunk])
+        shown = {stored_name(name): picture.path for name, picture in named.items()}
+        self.tasks = {shown[name]: task for name, task in self._uploaded() if name in shown}
         if len(self.tasks) != len(material.pictures):
             raise DataError(f"Label Studio made {len(self.tasks)} tasks of {len(material.pictures)} images.")
 
-    def _uploaded(self) -> Iterable[tuple[int, int]]:
+    def _uploaded(self) -> Iterable[tuple[str, int]]:
         for task in self.label_studio.tasks(self.id):
-            found = UPLOADED.search(self.control.image_of(task["data"]) or "")
-            if found:
-                yield int(found[1]), int(task["id"])
+            address = self.control.image_of(task["data"])
+            if address:
+                yield parts_of(address)[-1], int(task["id"])
 
     def label(self, pictures: Iterable[Picture]) -> None:
         """Annotates pictures with their truth, as a person who started from an empty image."""
@@ -71,6 +72,14 @@ class DemoProject:
         regions = to_regions(self.control, picture.truth, picture.width, picture.height)
         # People's regions have no score, and a line that says who made them.
         return [{k: v for k, v in region.items() if k != "score"} | {"origin": "manual"} for region in regions]
+
+
+def names_of(pictures: Sequence[Picture]) -> list[str]:
+    """What each picture is uploaded as: its file's name, by which `import` and `export` know it; a number where that would not do, since
+    Label Studio changes odd characters and shortens long names."""
+    times = Counter(stored_name(picture.path.name) for picture in pictures)
+    fit = [times[stored_name(p.path.name)] == 1 and len(p.path.name) <= LONG for p in pictures]
+    return [p.path.name if fits else f"image-{number:05d}{p.path.suffix}" for number, (p, fits) in enumerate(zip(pictures, fit, strict=True))]
 
 
 def corrected(prediction: Sequence[Region], truth: Sequence[Region]) -> list[Region]:

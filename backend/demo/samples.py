@@ -120,16 +120,24 @@ def _samples(labels: Path, images: Path) -> list[Sample]:
     with tempfile.TemporaryDirectory() as folder:
         shutil.copyfile(labels, Path(folder) / "annotations.json")
         Path(folder, "images").symlink_to(images.resolve())
-        kinds = load_coco(folder).by_category()
+        try:
+            kinds = load_coco(folder).by_category()
+        except KptError as error:
+            theirs = error.message.replace(str(Path(folder, "annotations.json")), str(labels)).replace(str(Path(folder, "images")), str(images))
+            raise DataError(f"LABELS={labels}: {theirs}") from None
     if not kinds:
         raise DataError(f"LABELS={labels} holds no annotation with keypoints.")
     return max(kinds.values(), key=len)
 
 
 def _truth(samples: list[Sample], schema: KeypointSchema) -> dict[str, Sample]:
-    """File name → its object, for images that show exactly one: the demo labels one object in each image."""
+    """File name → its object, for images that show exactly one: the demo labels one object in each image, and says what it leaves out."""
     by_name: dict[str, list[Sample]] = {}
     for sample in samples:
         by_name.setdefault(sample.image_path.name, []).append(sample)
     single = {name: found[0] for name, found in by_name.items() if len(found) == 1}
+    if several := len(by_name) - len(single):
+        which = "1 image with several objects comes" if several == 1 else f"{several} images with several objects come"
+        print(f"{which} without labels: the demo's project holds one object an image. `python -m backend import` brings them into a project whose "
+              "label config has a box.", file=sys.stderr)  # fmt: skip
     return {name: sample for name, sample in single.items() if sample.keypoints.reorder(schema.names).placed.any()}

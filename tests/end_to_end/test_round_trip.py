@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import requests
 
 from backend.connect import SECRET_HEADER
+from backend.demo.project import DemoProject
 from backend.demo.samples import Material
 from backend.demo.tour import CORRECTED, EXAMPLES, Tour
+from backend.formats.labels import LabelledImage
+from backend.import_match import Matcher
+from backend.label_studio import LabelStudio
 from backend.rounds import decide
 from end_to_end.conftest import Stack
 from label_config.regions import check_prediction
@@ -106,3 +113,20 @@ def test_too_few_labelled_images_are_told_in_words(stack: Stack, insects: Callab
     assert answer.status_code == 200
     assert answer.json()["job"] is None
     assert "10" in answer.json()["message"]
+
+
+def test_labels_from_elsewhere_find_the_images_that_the_demo_uploaded(
+    stack: Stack, insects: Callable[[int], Material], tmp_path: Path
+) -> None:
+    made = insects(3)
+    files = [tmp_path / name for name in ("fly (2).png", "größe & blick.png", "a b.c.png")]
+    for picture, file in zip(made.pictures, files, strict=True):
+        shutil.copy(picture.path, file)
+    pictures = tuple(replace(picture, path=file) for picture, file in zip(made.pictures, files, strict=True))
+    client = LabelStudio(stack.label_studio, stack.login.token)
+    project = DemoProject(client, replace(made, pictures=pictures))
+    shown = {task["id"]: made.control.image_of(task["data"]) or "" for task in client.tasks(project.id)}
+    for picture in pictures:
+        task = project.tasks[picture.path]
+        assert Matcher(shown.items()).find(LabelledImage(picture.path.name, ())) == (task, "")
+        assert client.fetch(shown[task]) == picture.path.read_bytes()
