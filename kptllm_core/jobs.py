@@ -241,16 +241,16 @@ class JobQueue:
             except Exception as error:
                 log.exception("Round %s cannot be run.", job.name)
                 reason = error.message if isinstance(error, KptError) else "The core failed on this round. Its log says more."
-                self._give_up(job, reason)
+                self._end(job, "failed", reason)
 
-    def _give_up(self, job: Job, reason: str) -> None:
-        """Marks a round failed even where the disk refuses to note it."""
+    def _end(self, job: Job, state: str, reason: str | None = None) -> None:
+        """A round's end holds even where the disk refuses to note it; the next start finds the same."""
         with self._changed:
             try:
-                self._finish(job, "failed", reason)
+                self._finish(job, state, reason)
             except KptError as error:
-                log.error("Round %s: its end cannot be noted: %s", job.name, error.message)
-                job.state, job.reason = "failed", reason
+                log.error("Round %s is %s, which cannot be noted: %s", job.name, state, error.message)
+                job.state, job.reason = state, reason
 
     def _run(self, job: Job) -> None:
         """From queued to an end, or back to queued when this process stops."""
@@ -297,8 +297,7 @@ class JobQueue:
             self.adapters.publish(job.folder / "adapter", job.name)
         elif job.name not in self.adapters:
             raise KptError("The round has a result and no adapter. trainer.log in its folder says more; run the round again.")
-        with self._changed:
-            self._finish(job, "done")
+        self._end(job, "done")
 
     def _train(self, job: Job) -> int:
         """One trainer from start to end. Its exit code; minus the signal if one killed it. Nothing of its group is left."""

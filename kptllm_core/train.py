@@ -41,7 +41,7 @@ from kptllm_core.report import check_writable
 
 MIN_LABELLED = 2
 GATE = 2.0  # a gate at zero spares a pretrained model the noise of a new LLM path; from scratch it only starves that path of gradient
-NOISE = 0.02  # by which a watched PCK may fall without meaning anything
+NOISE = 0.05  # by which the PCK of a few dozen watched pairs may lie below the best of several looks without meaning anything
 
 
 PRETRAIN = Recipe(wide=0.25, naming=12, renaming=0.4, scenes=0.5, sides=(0.6, 0.8, 1.0, 1.2))

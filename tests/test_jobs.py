@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kptllm_core import jobs
-from kptllm_core.errors import ArtifactError, Conflict, NotFound
+from kptllm_core.errors import ArtifactError, Conflict, DataError, NotFound
 from kptllm_core.jobs import PARTS, JobQueue
 from kptllm_core.messages import RoundRequest
 from kptllm_core.store import AdapterStore, ImageStore, write_json
@@ -93,6 +94,23 @@ def test_a_round_goes_from_the_queue_to_a_published_adapter(core: Callable[..., 
     assert "a+r1" in it.adapters and it.queue.queued == 0 and it.queue.running is None
     folder = it.queue.get(job).folder
     assert {p.name for part in PARTS for p in (folder / part / "images").iterdir()} == asked
+
+
+def test_a_published_adapter_is_no_failed_round_though_the_disk_refuses_to_note_its_end(
+    core: Callable[..., Core], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = core(FINISH)
+    job = it.submit("a+r1")
+
+    def write(path: Path, data: dict[str, Any]) -> None:
+        if data["state"] == "done":
+            raise DataError("no space left on device")
+        write_json(path, data)
+
+    monkeypatch.setattr(jobs, "write_json", write)
+    it.queue.start()
+    assert it.wait(job, "done")["result"] == {"adapter": "a+r1"}
+    assert "a+r1" in it.adapters
 
 
 def test_the_same_request_is_one_job_and_a_name_has_one_owner(core: Callable[..., Core]) -> None:
@@ -252,6 +270,7 @@ def test_old_snapshots_let_go_of_their_images(core: Callable[..., Core]) -> None
     jobs = [it.submit(f"r{n}") for n in range(5)]
     for job in jobs:
         it.wait(job, "done")
+    it.queue.stop()  # what comes after the last one's end is through then, too
     kept = [(it.queue.get(job).folder / "train").exists() for job in jobs]
     assert kept == [False, False, True, True, True]
 
