@@ -34,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "newest. Needs the same environment variables as the backend."
     )
     parser.add_argument("path", type=Path, help="the JSON file to write; images are named as Label Studio's own exports name them")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="also put the images there, under these names: SET/images beside "
+                        "SET/annotations.json makes a folder for `python -m kptllm_core train --lora --data SET`")  # fmt: skip
     parser.add_argument("--project", type=int, required=True, help="the project's number, as in /projects/7/")
 
 
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
             raise InvalidInput("Label Studio wants a token: set LABEL_STUDIO_API_KEY (a personal access token) as for the backend.")
         config = parse(str(services.label_studio.project(args.project).get("label_config") or ""))
         problems: list[str] = []
-        images = list(labelled_images(services, args.project, config, problems))
+        images = list(labelled_images(services, args.project, config, problems, args.images))
     finally:
         services.journal.close()
     categories = {name: (list(c.labels), list(c.schema.skeleton)) for name, c in _categories(_kinds(config), images).items()}
@@ -66,9 +68,10 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def labelled_images(services: Services, project: int, config: LabelConfig, problems: list[str]) -> Iterator[LabelledImage]:
+def labelled_images(services: Services, project: int, config: LabelConfig, problems: list[str],
+                    folder: Path | None = None) -> Iterator[LabelledImage]:  # fmt: skip
     """Every labelled task's image with its objects, also those with a box alone and images without any. `problems` gets what is not clear,
-    in words."""
+    in words. folder: where copies of the images go, if anywhere."""
     controls = _kinds(config)
     taken: dict[str, str] = {}  # name → address
     unseen: list[str] = []  # images of which only the annotation tells the size
@@ -81,13 +84,15 @@ def labelled_images(services: Services, project: int, config: LabelConfig, probl
         result = counted[-1].result
         read: dict[str, dict[str, ReadResult]] = {}  # address → kind → what it has of that kind
         sizes: dict[str, tuple[int, int]] = {}
+        files: dict[str, bytes] = {}
         for kind, control in controls.items():
             url = control.image_of(task["data"])
             if not url:
                 continue
             try:
                 if url not in sizes:
-                    sizes[url] = image_size(services.images.fetch(url, number))
+                    files[url] = services.images.fetch(url, number)
+                    sizes[url] = image_size(files[url])
             except KptError as error:
                 told = told_size(control, result)
                 if told is None:
@@ -101,7 +106,9 @@ def labelled_images(services: Services, project: int, config: LabelConfig, probl
             path = _path(url)
             # another image of that name: its folders tell them apart, its task, or a number
             names = chain((path.name, str(path), f"{number}-{path.name}"), (f"{number}-{i}-{path.name}" for i in count(2)))
-            name = next(n for n in names if taken.setdefault(n, url) == url)
+            name = next(n for n in names if n.strip(".") and taken.setdefault(n, url) == url)
+            if folder is not None and url in files:
+                _write(folder / name, files[url])
             yield LabelledImage(name, tuple(_things(kinds, controls)), size=sizes[url])
     if unseen:
         problems.append(f"{len(unseen)} images could not be fetched, so the sizes that their annotations state were taken, for example {unseen[0]}")
@@ -109,7 +116,16 @@ def labelled_images(services: Services, project: int, config: LabelConfig, probl
 
 def _path(url: str) -> PurePosixPath:
     """The file in an address, whose name is what Label Studio's own exports call it; local files tell theirs in the query."""
-    return PurePosixPath((local_file(url) or unquote(urlsplit(url).path)).lstrip("/"))
+    path = PurePosixPath((local_file(url) or unquote(urlsplit(url).path)).lstrip("/"))
+    return PurePosixPath(*(part for part in path.parts if part != ".."))
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be written: {error.strerror}. Choose another --images.") from None
 
 
 def _kinds(config: LabelConfig) -> dict[str, KeypointControl]:

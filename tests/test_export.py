@@ -15,6 +15,7 @@ from backend.formats.coco import read_coco
 from backend.import_names import map_names
 from backend.services import Services
 from backend_world import WITH_BOX, World, rectangle, region, world
+from kptllm_core.dataset import load_coco
 from kptllm_core.errors import InvalidInput
 from label_config.schema import parse
 from small_label_studio import SmallLabelStudio, label_studio_of
@@ -35,9 +36,9 @@ def studio(here: World) -> SmallLabelStudio:
     return label_studio_of(here, config)
 
 
-def export(here: World, path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def export(here: World, path: Path, monkeypatch: pytest.MonkeyPatch, images: Path | None = None) -> int:
     monkeypatch.setattr(Services, "make", lambda settings: here.services)
-    return export_command.run(argparse.Namespace(project=1, path=path))
+    return export_command.run(argparse.Namespace(project=1, path=path, images=images))
 
 
 def dog(at: float, name: str) -> list[dict[str, Any]]:
@@ -62,6 +63,20 @@ def test_objects_are_apart_and_the_ground_truth_counts(here: World, studio: Smal
         "nose": pytest.approx((26.88, 4.8, 2)), "tail": pytest.approx((27.52, 5.28, 2))}  # fmt: skip
     assert found.names() == {"dog": ["tail", "nose"]}  # in the order of model_index
     assert first.things[2].points == {} and first.things[2].box == pytest.approx((44.8, 28.8, 12.8, 14.4)) and found.notes == []
+
+
+def test_with_its_images_it_is_a_folder_that_the_core_reads(here: World, studio: SmallLabelStudio, tmp_path: Path,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    for task in studio.add(2):
+        studio.annotate(task, [*dog(0, "a"), *dog(40, "b")])
+    assert export(here, tmp_path / "set" / "annotations.json", monkeypatch, tmp_path / "set" / "images") == 0
+    found = load_coco(tmp_path / "set")
+    assert len(found.samples) == 4 and len({s.image_path for s in found.samples}) == 2
+    for sample in found.samples:
+        assert sample.read().shape == (48, 64, 3) and sample.image_path.resolve().is_relative_to(tmp_path / "set" / "images")
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidInput, match="Choose another --images"):
+        export(here, tmp_path / "annotations.json", monkeypatch, tmp_path / "file")
 
 
 def test_labels_that_are_not_clear_are_told(here: World, studio: SmallLabelStudio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
