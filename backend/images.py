@@ -241,6 +241,11 @@ class ImageFetcher:
 
     def _refused(self, url: str, status: int, own: bool) -> KptError:
         shown = _shown(url)
+        if own and status == 403 and local_file(url):
+            return Unauthorized(
+                f"{shown}: Label Studio answers 403. It serves local files only if it was started with LOCAL_FILES_SERVING_ENABLED=true, and "
+                f"to a token (LABEL_STUDIO_API_KEY) of a user who may see them."
+            )
         if own and status in (401, 403):
             return Unauthorized(
                 f"{shown}: Label Studio answers {status}. The token (LABEL_STUDIO_API_KEY) is missing, not valid, or of "
@@ -250,7 +255,8 @@ class ImageFetcher:
             return Unauthorized(f"{shown} answers {status}. Images are fetched from there without a login.")
         # For a file that it does not know Label Studio answers 500, and for one outside the document root, too.
         if status in (404, 410) or (own and status == 500 and _SIGNED_ROUTES.match(self._route(url))):
-            return NotFound(f"{shown} is not there ({status}). Was the file deleted, or its storage disconnected?")
+            stored = "is it in no Local Files storage of its project" if local_file(url) else "its storage disconnected"
+            return NotFound(f"{shown} is not there ({status}). Was the file deleted, or {stored}?")
         if status == 429 or status >= 500:
             return Unavailable(f"{shown} answers {status}. Trying again later may help.")
         return ImageError(f"{shown} answers {status} instead of an image.")

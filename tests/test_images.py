@@ -566,6 +566,13 @@ def test_statuses(
     assert CANARY not in str(caught.value.to_json())
 
 
+@pytest.mark.parametrize(("status", "words"), [(403, "LOCAL_FILES_SERVING_ENABLED"), (404, "no Local Files storage")])
+def test_local_files_that_are_not_served(fetcher: Callable[..., ImageFetcher], studio: SmallServer, status: int, words: str) -> None:
+    studio.routes["/data/local-files/"] = Answer(status)
+    with pytest.raises(KptError, match=words):
+        fetcher().fetch("/data/local-files/?d=flies/1.png")
+
+
 @pytest.mark.parametrize(
     "text", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 999999 what\r\n\r\n", HEAD + b"A: " + b"b" * 70_000]
 )
