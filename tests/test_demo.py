@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 
+from backend.demo import services
 from backend.demo.__main__ import _options as options_of
 from backend.demo.measure import pck
 from backend.demo.project import corrected, names_of
@@ -249,11 +250,13 @@ def test_a_service_is_stopped_even_if_it_does_not_want_to(tmp_path: Path) -> Non
     assert not psutil.pid_exists(pid)
 
 
-def test_waiting_has_an_end(tmp_path: Path) -> None:
+def test_waiting_is_told_and_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(services, "SIGN", 0.2)
     service = Service("It", [sys.executable, "-c", "import time; time.sleep(99)"], os.environ, tmp_path / "log")
     service.start(lambda: True, 5)
     with pytest.raises(Unavailable, match="did not answer"):
-        wait_until(lambda: False, service, 0.1)
+        wait_until(lambda: False, service, 0.7)
+    assert f"still waiting for It (0 s); its log: {tmp_path / 'log'}" in capsys.readouterr().err
     service.stop()
 
 

@@ -27,6 +27,7 @@ from kptllm_core.errors import Conflict, Unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = "127.0.0.1"
+SIGN = 20.0  # seconds after which a wait is told, and told again
 EMAIL = "demo@example.com"
 _KEEP = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "LD_LIBRARY_PATH")
 _PR_SET_PDEATHSIG = 1
@@ -158,9 +159,13 @@ def product(folder: Path, settings: Mapping[str, str]) -> Service:
 
 
 def wait_until(ready: Callable[[], bool], service: Service, seconds: float) -> None:
-    """Unavailable, with the end of the service's log, when it ends or is not ready in time."""
-    end = time.monotonic() + seconds
+    """Says every SIGN seconds that it still waits. Unavailable, with the end of the service's log, when it ends or is not ready in time."""
+    begin = time.monotonic()
+    end, sign = begin + seconds, begin + SIGN
     while not ready():
+        if time.monotonic() > sign:
+            sign += SIGN
+            print(f"       still waiting for {service.name} ({time.monotonic() - begin:.0f} s); its log: {service.log}", file=sys.stderr, flush=True)
         if not service.running:
             raise Unavailable(f"{service.name} ended. {service.log_end()}")
         if time.monotonic() > end:
