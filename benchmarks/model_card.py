@@ -6,9 +6,10 @@
 
 --data: labelled folders of categories that were never trained on. --trained: folders that were, whose unseen groups are
 named. Every single measurement is kept in --reports, named by the weights and what was asked, so an interrupted run goes
-on where it was, and a new checkpoint begins anew. The card (README.md beside the weights, between its two markers) is
-written from all that is there, also when --only restricts what is measured now. Evaluations run in --jobs processes of
-one thread; times and LoRA rounds are measured afterwards, one at a time, with all threads: leave the machine to them.
+on where it was, and a new checkpoint begins anew; new code does not, so give it another --reports. The card (README.md
+beside the weights, between its two markers) is written from all that is there, also when --only restricts what is measured
+now. Evaluations run in --jobs processes of one thread; times and LoRA rounds are measured afterwards, one at a time, with
+all threads: leave the machine to them.
 """
 
 from __future__ import annotations
