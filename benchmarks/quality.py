@@ -4,7 +4,8 @@
 
 `swapped`: a share of the pairs of left and right exchange their names, each by chance; `misnamed`: on a share of the objects two
 points that are no pair do; `one_sided`: of a pair one is taken away and the other gets its name; `far_off`: on a share of the
-objects one point is moved by 0.3 to 0.6 of the object's size. Each kind is planted in a copy of its own.
+objects one point is moved by 0.3 to 0.6 of the object's size; `left_out`: on a share of the objects one point is taken away. Each kind is
+planted in a copy of its own; findings of points left out count for that kind alone.
 
 Who bears witness is told apart: the layout of the other labelled images, the model's predictions (from --shots examples, by the
 true boxes; perhaps with an adapter), both together, and the naming task (--naming), which asks the model for the name of each
@@ -29,14 +30,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from backend.evidence import Subject
-from backend.quality import Finding, find
+from backend.quality import MISSING, Finding, find
 from kptllm_core.dataset import Sample, load_coco
 from kptllm_core.draw import draw_keypoints
 from kptllm_core.errors import DataError, KptError
 from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 from kptllm_core.protocol import true_box, with_box
 
-KINDS = ("swapped", "misnamed", "one_sided", "far_off")
+KINDS = ("swapped", "misnamed", "one_sided", "far_off", "left_out")
 LEVELS = (0.5, 0.8, 0.9)
 BATCH = 16
 Mistake = tuple[int, frozenset[str]]  # subject, and the points that it is about
@@ -73,6 +74,10 @@ def plant(
             size = float(max(true_box(with_box(points, np.zeros((sample.height, sample.width, 3), np.uint8)))[2:]))
             xy[k] += np.array([np.cos(angle), np.sin(angle)]) * rng.uniform(0.3, 0.6) * size
             planted.add((n, frozenset((schema.names[k],))))
+        elif kind == "left_out" and len(placed) and rng.random() < share:
+            k = int(rng.choice(placed))
+            seen[k] = Visibility.NOT_LABELLED
+            planted.add((n, frozenset((schema.names[k],))))
         found.append(KeypointSet(points.names, xy, seen, points.score, points.box))
     return found, planted, chances
 
@@ -89,9 +94,14 @@ def subjects(
 def named_in(finding: Finding) -> set[Mistake]:
     """What a finding says is wrong, as planted mistakes are told."""
     n, points = finding.subject.task, finding.points
-    if finding.kind == "far_off":
+    if finding.kind in ("far_off", MISSING):
         return {(n, frozenset(points))}
     return {(n, frozenset(points[i : i + 2])) for i in range(0, len(points), 2)}
+
+
+def concerned(findings: Sequence[Finding], kind: str) -> list[Finding]:
+    """Those that such planted mistakes may bring."""
+    return [f for f in findings if (f.kind == MISSING) == (kind == "left_out")]
 
 
 def score(findings: Sequence[Finding], planted: set[Mistake]) -> list[dict[str, Any]]:
@@ -99,7 +109,7 @@ def score(findings: Sequence[Finding], planted: set[Mistake]) -> list[dict[str, 
     touched = {(n, name) for n, names in planted for name in names}
     rows = []
     for level in LEVELS:
-        told = [f for f in findings if f.confidence >= level and f.kind != "missing"]
+        told = [f for f in findings if f.confidence >= level]
         hits = [f for f in told if named_in(f) & planted]
         near = [f for f in told if f not in hits and any((f.subject.task, p) in touched for p in f.points)]
         counted = len(told) - len(near)
@@ -233,13 +243,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ways |= {"model": (predicted, False), "both": (predicted, True)}
     for name, (told, layout) in ways.items():
         begin = time.perf_counter()
-        findings = find(subjects(samples, labels, told), schema, use_layout=layout)
+        findings = concerned(find(subjects(samples, labels, told), schema, use_layout=layout), args.kind)
         seconds = time.perf_counter() - begin
-        as_is = find(subjects(samples, [s.keypoints for s in samples], told), schema, use_layout=layout)
+        as_is = concerned(find(subjects(samples, [s.keypoints for s in samples], told), schema, use_layout=layout), args.kind)
         rows = score(findings, planted)
         report["witnesses"][name] = {
             "levels": rows,
-            "as_is": sum(f.kind != "missing" for f in as_is),
+            "as_is": len(as_is),
             "seconds": round(seconds, 2),
         }
         for row in rows:
