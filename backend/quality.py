@@ -39,6 +39,9 @@ SWAPS = 0.02  # share of pairs expected to be exchanged
 WHOLE = 0.005  # share of objects expected to have all left and right points exchanged
 CAUTION = 20.0  # what is rare cannot teach much about the witnesses: weigh them nearly as usual
 RARE = 0.002  # share of points expected to be exchanged with one that is not their mirror image, or called by its name
+FORGOTTEN = 0.02  # share of points expected to be left out though they can be seen
+ALIKE = 10.0  # objects that all points together count for in how often one of them is not there
+LEAST_ABOVE = 0.2  # of the scores of points that are there: even the surest are no proof
 FAR = 0.002  # share of points expected to be far off
 OFTEN = 0.8  # a point that fewer objects have is not missed
 AT_ONCE = 4_000_000  # objects × points², of which there are some arrays: 9,000 objects of 21 points, 900 of 66
@@ -292,21 +295,28 @@ class _Search:
         return found
 
     def _missing(self) -> list[Finding]:
-        """Points that people placed on most other objects, and that the model sees here."""
-        share = self.seen.placed.mean(0)
+        """Points that people placed on most other objects, and that the model sees here.
+
+        Forgotten, or really not there? The more often other objects lack the point, and lack points at all, the likelier it is not there. The
+        model sees points that are not there, too, only less surely: its score tells by its rank r among those of the objects that have
+        the point. Of points that are there any rank is as likely as another, of others their density falls, as 2 (1 - r), but not to nothing.
+        """
+        score, usual = self.seen.trust, np.flatnonzero(self.seen.placed.mean(0) >= OFTEN)
+        lacking = (~self.seen.placed).sum(0)
+        anywhere = (lacking[usual].sum() - 0.5) / max(len(self.subjects) * len(usual), 1)  # this one aside, and half a point for luck
         found = []
-        for n, subject in enumerate(self.subjects):
-            told = subject.predicted
-            for k in np.flatnonzero(~self.seen.placed[n] & (share >= OFTEN)):
-                if told is None or told.visibility[k] != Visibility.VISIBLE:
-                    continue
-                odds = _logit(share[k], 0.98) + _logit(float(told.score[k]), 0.95)
-                if odds > 0:
-                    name = self.schema.names[k]
-                    reason = f"'{name}' is on {share[k]:.0%} of the labelled objects, and the model sees it here, but it was not placed."
-                    found.append(
-                        Finding(subject, MISSING, (name,), float(logistic(odds)), reason, {name: _pair(told.xy[k])})
-                    )
+        for n, k in ((n, k) for n in range(len(self.subjects)) for k in usual if not self.seen.placed[n, k]):
+            told = self.subjects[n].predicted
+            if told is None or told.visibility[k] != Visibility.VISIBLE:
+                continue
+            known = score[self.seen.placed[:, k] & (score[:, k] > 0), k]
+            above = ((known > told.score[k]).sum() + (known == told.score[k]).sum() / 2 + 0.5) / (len(known) + 1)  # 1 - r
+            absent = (lacking[k] - 1 + ALIKE * anywhere) / (len(self.subjects) - 1 + ALIKE)
+            odds = np.log(FORGOTTEN / absent) - np.log(2 * max(above, LEAST_ABOVE))
+            if odds > 0:
+                name, share = self.schema.names[k], 1 - lacking[k] / len(self.subjects)
+                reason = f"'{name}' is on {share:.0%} of the labelled objects, and the model sees it here, but it was not placed."
+                found.append(Finding(self.subjects[n], MISSING, (name,), float(logistic(odds)), reason, {name: _pair(told.xy[k])}))
         return found
 
     def _xy(self, n: int, k: int) -> np.ndarray:
@@ -330,11 +340,6 @@ def _witnesses(evidence: np.ndarray) -> str:
     if layout:
         return "the other labelled images have them"
     return "the model has them" if model else "they fit better"
-
-
-def _logit(share: float, most: float) -> float:
-    share = min(max(float(share), 1 - most), most)
-    return float(np.log(share / (1 - share)))
 
 
 def _pair(xy: np.ndarray) -> tuple[float, float]:

@@ -126,6 +126,18 @@ def test_missing_points_need_the_model_to_see_them() -> None:
     assert find(without, SCHEMA) == []
 
 
+def test_where_points_are_often_not_there_none_is_said_to_be_left_out() -> None:
+    """The model sees everything everywhere; a tenth of the points were not placed, since they are hidden. One more is nothing that stands out."""
+    rng = np.random.default_rng(1)
+    for count in (10, 60):
+        cats = [changed(c, without=tuple(n for n in NAMES if rng.random() < 0.1)) for c in subjects(count, predict=True)]
+        assert [f for f in find(cats, SCHEMA) if f.kind == MISSING] == []
+    cats = subjects(10, predict=True)
+    cats[4] = changed(cats[4], without=("tail",))
+    (found,) = find(cats, SCHEMA)  # nothing else is ever missing in this project
+    assert found.points == ("tail",) and found.confidence > 0.8
+
+
 def test_one_labelled_image_says_nothing() -> None:
     assert find(subjects(1), SCHEMA) == []
     assert find(subjects(1, predict=True), SCHEMA) == []
