@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kptllm_core import finder
-from kptllm_core.claims import claims, yielded
+from kptllm_core.claims import Taken, claims, yielded
 from kptllm_core.finder import FAINT, Found, needs_windows
 from kptllm_core.geometry import clip_box
 from kptllm_core.instances import MOST, box_iou, distinct
@@ -75,7 +75,7 @@ class ImageObjects:
             return sureness(witnesses(seen, np.array([trust(sets[i]) for i in whose])), self.weights)[: len(new)]
 
         boxes = np.concatenate([own, found.boxes[new]])
-        sets = self._points(boxes, self.prompt)
+        sets = self._points(boxes, self.prompt, [True] * len(own) + [False] * len(new))
         sets = self._apart(boxes, sets, [DRAWN] * len(own) + (sure(sets) >= least).astype(int).tolist())
         others = zip(sets[len(own) :], sure(sets).tolist(), found.score[new].tolist(), strict=True)
         return [Instance(points, 1.0) for points in sets[: len(own)]], [Instance(*item) for item in others]
@@ -94,8 +94,9 @@ class ImageObjects:
                 sets += self.passes.points_of_crops([self.image] * len(part), part, prompt, shots)
         return self._around(max(sets, key=trust))
 
-    def _points(self, boxes: np.ndarray, prompt: Prompt) -> list[KeypointSet]:
-        return self.passes.points([self.image] * len(boxes), list(boxes), prompt)
+    def _points(self, boxes: np.ndarray, prompt: Prompt, drawn: Sequence[bool] = (), taken: Sequence[Taken] | None = None) -> list[KeypointSet]:
+        """drawn: which boxes a person drew (default: none). In others the examples' layouts would make an object of whatever is there."""
+        return self.passes.points([self.image] * len(boxes), list(boxes), prompt, taken=taken, exact=drawn or [False] * len(boxes))
 
     def _apart(self, boxes: np.ndarray, sets: list[KeypointSet], rank: Sequence[int]) -> list[KeypointSet]:
         """The points of objects that lie on each other, so that none is used by two: who loses a point looks for it elsewhere, once."""
@@ -103,7 +104,8 @@ class ImageObjects:
         again = [i for i, claim in enumerate(claimed) if claim]
         if not again:
             return sets
-        apart = self.passes.points([self.image] * len(again), [boxes[i] for i in again], self.prompt, taken=[claimed[i] for i in again])
+        drawn = [rank[i] == DRAWN for i in again]
+        apart = self._points(boxes[again], self.prompt, drawn, [claimed[i] for i in again])
         moved = dict(zip(again, apart, strict=True))
         return yielded([moved.get(i, points) for i, points in enumerate(sets)], rank)
 

@@ -83,17 +83,21 @@ class Passes:
 
     @torch.inference_mode()
     def points(self, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray | None], prompt: Prompt, order: list[int] | None = None,
-               fixed: Sequence[KeypointSet | None] | None = None, taken: Sequence[Taken] | None = None) -> list[KeypointSet]:  # fmt: skip
+               fixed: Sequence[KeypointSet | None] | None = None, taken: Sequence[Taken] | None = None,
+               exact: Sequence[bool] | None = None) -> list[KeypointSet]:  # fmt: skip
         """The points of one object in each box (the whole image for None), moved onto the image, with that box or one around them.
 
         order: indices of the points that are asked for; fewer than all do not correct each other. fixed: points that are given. taken:
-        places that are another object's.
+        places that are another object's. exact: which boxes lie as a person would draw them (default: all): only in these the examples'
+        layouts tell where points may lie.
         """
         crops = [self.crop(i, b) for i, b in zip(images, boxes, strict=True)]
         sets: list[KeypointSet] = []
         for start in range(0, len(images), BATCH):
             part = slice(start, start + BATCH)
             framed = [len(prompt.schema) > 1 and box is not None for box in boxes[part]]  # the box of one point is made around it
+            if exact is not None:
+                framed = [a and b for a, b in zip(framed, exact[part], strict=True)]
             sets += self.points_of_crops(images[part], crops[part], prompt, prompt.tight, order, fixed and fixed[part], taken and taken[part], framed)
         return [self._finish(*item, prompt) for item in zip(sets, boxes, images, strict=True)]
 

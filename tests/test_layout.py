@@ -124,19 +124,41 @@ def test_examples_that_stand_alike_are_encoded_as_they_stand_and_others_in_all_t
     assert turns(upright) == turns(upright, Example(quarter, beside)) == len(TURNS)
 
 
-def test_the_box_of_a_single_point_tells_nothing_nor_does_a_whole_image(predictor: Predictor) -> None:
+def test_neither_the_box_of_a_single_point_nor_a_whole_image_nor_a_box_that_was_found_tells_anything(predictor: Predictor) -> None:
     rng = np.random.default_rng(9)
     category = Category.sample(rng)
     pairs = [category.render(rng, 96) for _ in range(4)]
     images, plain = [pairs[0][0]], replace(predictor.passes, by_layout=False)
 
-    def differs(names: tuple[str, ...], box: np.ndarray | None) -> bool:
+    def differs(names: tuple[str, ...], box: np.ndarray | None, exact: bool = True) -> bool:
         examples = [Example(image, KeypointSet(names, (p := points.reorder(names)).xy, p.visibility)) for image, points in pairs[1:]]
         how = predictor._prompt(KeypointSchema(names), examples, "visual")
-        one, other = (passes.points(images, [box], how)[0] for passes in (predictor.passes, plain))
+        one, other = (passes.points(images, [box], how, exact=[exact])[0] for passes in (predictor.passes, plain))
         return not np.array_equal(one.xy, other.xy)
 
     box = np.array([10.0, 10.0, 70.0, 70.0])
     assert differs(category.schema.names, box)
+    assert not differs(category.schema.names, box, exact=False)
     assert not differs(category.schema.names[:1], box)
     assert not differs(category.schema.names, None)
+
+
+def test_objects_that_are_found_are_found_without_layouts_and_a_drawn_box_is_read_with_them(predictor: Predictor) -> None:
+    rng = np.random.default_rng(10)
+    category = Category.sample(rng)
+    pairs = [category.render(rng, 96) for _ in range(4)]
+    examples = [Example(image, points) for image, points in pairs[1:]]
+    asked: list[list[bool]] = []
+    points = predictor.passes.points
+
+    def listen(*args: object, **more: object) -> list[KeypointSet]:
+        asked.append(list(more["exact"]))  # type: ignore[call-overload]
+        return points(*args, **more)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(predictor.passes), "points", lambda _, *args, **more: listen(*args, **more))
+        predictor.predict_objects([pairs[0][0]], category.schema, examples, least=0.0)
+        assert asked and not any(map(any, asked))
+        asked.clear()
+        predictor.predict_objects([pairs[0][0]], category.schema, examples, [np.array([[10.0, 10.0, 70.0, 70.0]])], find=False)
+        assert asked[0] == [True]
