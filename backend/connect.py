@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import ssl
 import sys
 import time
 from typing import Any
@@ -118,8 +119,6 @@ class Connection:
             raise InvalidInput(
                 f"--backend-url ends with /projects/{below[:20]}, but --project is {project}. Leave it out."
             )
-        if _same(base, studio.url):
-            raise InvalidInput(f"--url and --backend-url are both {base}. Expected two addresses: Label Studio's, and this backend's.")
         self._studio, self._project, self._base = studio, project, base
         self._url = f"{base}/projects/{project}"
         self._title, self._interactive, self._login, self._secret = title, interactive, login, webhook_secret
@@ -163,11 +162,12 @@ class Connection:
         anonymous = LabelStudio(self._studio.url, "", self._studio.ca, tries=2, connect_timeout=5.0, timeout=10.0)
         try:
             version = anonymous.version()
-        except NotFound:
-            if _is_backend(self._studio.url):
+        except KptError as error:
+            if isinstance(error, (NotFound, Unauthorized)) and _is_backend(self._studio.url):
                 raise InvalidInput(
                     f"What answers at {self._studio.url} is a backend like this one, not Label Studio. Give Label Studio's address with --url."
                 ) from None
+            _check_scheme(self._studio.url, "--url")
             raise
         self._say("✓", f"Label Studio {version} answers at {self._studio.url}.")
 
@@ -194,15 +194,18 @@ class Connection:
 
     # ---- the backend --------------------------------------------------------------------------------------------
     def _backend(self) -> None:
-        """The backend as seen from here. Label Studio's own view, in the next step, is the one that counts."""
+        """The backend as seen from here: its address is wrong if another answers there, or by another protocol. Whether nobody
+        does from here does not matter: Label Studio's own view, in the next step, is the one that counts."""
         try:
             status, report = _health(self._url)
         except requests.RequestException as cause:
+            _check_scheme(self._base, "--backend-url", cause)
             self._reached = f"the backend does not answer at {self._base} from here"
-            if no_tls(cause):
-                self._reached += " by https, only by http"
             return
-        if report.get("status") != "UP":
+        if "degraded" not in report:
+            if _is_label_studio(self._base):
+                raise InvalidInput(f"What answers at {self._base} is Label Studio, not this backend. Give this backend's address with --backend-url.")
+            _check_scheme(self._base, "--backend-url")
             self._reached = f"{self._url}/health answers {status}, not as this backend does"
             return
         self._say("✓", f"The backend answers at {self._base}.")
@@ -392,11 +395,31 @@ def _health(url: str) -> tuple[int, Json]:
 
 
 def _is_backend(url: str) -> bool:
-    """Whether one of ours answers there; Label Studio has a /health, too."""
+    """Whether one of ours answers there; Label Studio says UP, too, at any address that ends with /health."""
     try:
         return "degraded" in _health(url)[1]
     except requests.RequestException:
         return False
+
+
+def _is_label_studio(url: str) -> bool:
+    try:
+        return bool(LabelStudio(url, tries=1, connect_timeout=3.0, timeout=5.0).version())
+    except KptError:
+        return False
+
+
+def _check_scheme(url: str, option: str, cause: requests.RequestException | None = None) -> None:
+    """InvalidInput where https was asked of a server that speaks http, as the cause of the failure tells, or the other way round."""
+    if cause is not None and no_tls(cause):
+        raise InvalidInput(f"What answers at {url} speaks no https. Give its address with http:// ({option}).")
+    parts = urlsplit(url)
+    if parts.scheme == "http" and parts.hostname:
+        try:
+            ssl.get_server_certificate((parts.hostname, parts.port or 80), timeout=3.0)
+        except (OSError, ValueError):
+            return  # nobody there, or no TLS
+        raise InvalidInput(f"What answers at {url} speaks https. Give its address with https:// ({option}).")
 
 
 def _same(one: object, other: str) -> bool:

@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -25,6 +27,7 @@ from backend.sweep import sweep
 from kptllm_core.errors import InvalidInput, KptError, Unauthorized
 
 SHOW_SECONDS = 0.3
+SIGN_SECONDS = 30.0  # after which a wait is told, and told again
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
             return _report(prelabel.prelabel_state(services, last))
         prelabel.check_project(services, project)
         # What is wrong with address, token or number is best said before all else.
-        shown = str(services.label_studio.project(args.project).get("model_version") or "")
-        services.see_core()
+        with _waiting_for(f"Label Studio at {services.settings.label_studio_url} and the core at {services.settings.core_address}"):
+            shown = str(services.label_studio.project(args.project).get("model_version") or "")
+            services.see_core()
         served = bool(split.MADE_HERE.fullmatch(shown))
         if (args.replace or served) and not services.journal.label_config(project):
             raise InvalidInput(
@@ -71,11 +75,28 @@ def run(args: argparse.Namespace) -> int:
                 + ". So worse predictions could take the place of better ones. Set DATA_DIR or DATABASE_URL as the backend has them"
                 + ("." if served else ", or leave out --replace.")
             )
-        sweep(services, project)  # what was labelled while no backend ran serves as examples, too
+        with _waiting_for(f"what was labelled meanwhile, from Label Studio at {services.settings.label_studio_url}"):
+            sweep(services, project)  # what was labelled while no backend ran serves as examples, too
         asked = prelabel.start(services, project, args.replace, "python -m backend prelabel")
         return _watch(services, asked.id, args.concurrency, args.patience)
     finally:
         services.journal.close()
+
+
+@contextmanager
+def _waiting_for(what: str) -> Iterator[None]:
+    """Says every SIGN_SECONDS that it still waits."""
+    done, begin = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(SIGN_SECONDS):
+            print(f"Waiting for {what} … ({time.monotonic() - begin:.0f} s)", file=sys.stderr, flush=True)
+
+    threading.Thread(target=tell, name="waiting", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _watch(services: Services, run_id: str, concurrency: int, patience: float) -> int:
@@ -100,14 +121,19 @@ def _watch(services: Services, run_id: str, concurrency: int, patience: float) -
     old = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     worker = threading.Thread(target=turns, name="prelabel", daemon=True)
     worker.start()
-    moved, seen = time.monotonic(), (-1, -1)
+    moved = told = time.monotonic()
+    seen = (-1, -1)
     try:
         with tqdm(unit="task", desc=f"project {prelabel.get(services, run_id).project}", dynamic_ncols=True, disable=None) as bar:
             while True:
                 state = prelabel.prelabel_state(services, prelabel.get(services, run_id))
                 _show(bar, state)
                 if (state["total"], state["finished"]) != seen:
-                    moved, seen = time.monotonic(), (state["total"], state["finished"])
+                    moved = told = time.monotonic()
+                    seen = (state["total"], state["finished"])
+                elif time.monotonic() - told > SIGN_SECONDS:
+                    told = time.monotonic()
+                    bar.write(f"Nothing has moved for {told - moved:.0f} s: {state['message'].removeprefix('waiting: ')}", file=sys.stderr)
                 if not state["active"] or interrupted.is_set() or broken:
                     break
                 trouble = work.trouble

@@ -5,7 +5,7 @@
 
 A single thread: it passes the children's output on, line by line with their name before it, restarts those that ended or
 hang, and on SIGTERM or SIGINT stops all of them together. One that refuses what it was told, and never worked, would
-refuse it each time: then everything ends. Should it be killed itself, the kernel kills its children.
+refuse it each time: then everything ends, and its words come last. Should it be killed itself, the kernel kills its children.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class Child:
     worked: bool = False  # in this life or an earlier one
     silent: int = 0
     rest: bytes = field(default=b"", repr=False)  # output of a line that is not complete yet
+    last: str = field(default="", repr=False)  # line that was printed for it
 
 
 def children(settings: Settings, environment: Mapping[str, str]) -> list[Child]:
@@ -93,7 +94,7 @@ class Supervisor:
         self.stop_seconds, self.probe_seconds = stop_seconds, probe_seconds
         self._selector = selectors.DefaultSelector()
         self._stopping: int | None = None
-        self._mistaken = False
+        self._mistaken: tuple[Child, str] | None = None  # who cannot start, and its words
         self._width = max(len(k.name) for k in kids)
 
     def run(self) -> int:
@@ -105,11 +106,15 @@ class Supervisor:
         old_fd = signal.set_wakeup_fd(wake.fileno())
         self._selector.register(woken, selectors.EVENT_READ, None)
         try:
-            while self._stopping is None and not self._mistaken:
+            while self._stopping is None and self._mistaken is None:
                 for child in self.kids:
                     self._look_after(child)
                 self._listen(0.25, woken)
-            return self._stop(woken) or (MISTAKEN if self._mistaken else 0)
+            code = self._stop(woken)
+            if self._mistaken is None:
+                return code
+            self._print(*self._mistaken)  # once more, below what the others said while they stopped
+            return code or MISTAKEN
         finally:
             signal.set_wakeup_fd(old_fd)
             for number, handler in old.items():
@@ -164,7 +169,7 @@ class Supervisor:
         self._drain(child)
         self._signal(child, signal.SIGKILL)  # what it may have left behind in its group
         if code == MISTAKEN and not child.worked:
-            child.process, child.restart_at, self._mistaken = None, None, True
+            child.process, child.restart_at, self._mistaken = None, None, (child, child.last)
             self._say(child, "cannot start, for the reason above; everything stops")
             return
         child.failures = 0 if now - child.started > STEADY_SECONDS else child.failures + 1
@@ -247,6 +252,7 @@ class Supervisor:
         self._print(child, f"[{text}]")
 
     def _print(self, child: Child, line: str) -> None:
+        child.last = line
         try:
             self.out.write(f"{child.name:<{self._width}} | {line}\n")
             self.out.flush()

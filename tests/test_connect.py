@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from backend import connect
 from backend.demo.services import Login
 from backend.label_studio import LabelStudio
 from kptllm_core.errors import InvalidInput
-from small_server import Answer, Request, SmallServer, no_proxies, reply  # noqa: F401
+from small_server import Answer, Request, SmallServer, certificate_for, no_proxies, reply  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("no_proxies", "bare_environment")
 CANARY = "canarytoken0123456789"
@@ -163,20 +164,32 @@ def test_nobody_at_label_studios_address(backend: SmallServer, capsys: pytest.Ca
 
 
 def test_addresses_that_were_exchanged_or_are_the_same(studio: SmallServer, backend: SmallServer, capsys: pytest.CaptureFixture[str]) -> None:
-    backend.routes["/api/version"] = Answer(404)
-    assert run(backend.url, studio.url) == 1
-    assert "is a backend like this one, not Label Studio. Give Label Studio's address with --url" in capsys.readouterr().out
-    with pytest.raises(InvalidInput, match="Expected two addresses"):
-        run(studio.url, f"{studio.url}/")
+    for status in (404, 401):  # without and with basic auth
+        backend.routes["/api/version"] = Answer(status)
+        for other in (studio.url, backend.url):
+            assert run(backend.url, other) == 1
+            assert "is a backend like this one, not Label Studio. Give Label Studio's address with --url" in capsys.readouterr().out
+    studio.routes["/projects/7/health"] = reply({"status": "UP"})  # as Label Studio answers there
+    for same in (studio.url, studio.url.replace("127.0.0.1", "localhost")):
+        assert run(studio.url, same) == 1
+        told = capsys.readouterr().out
+        assert "is Label Studio, not this backend. Give this backend's address with --backend-url" in told and "The backend answers" not in told
 
 
 def test_https_where_there_is_none(studio: SmallServer, backend: SmallServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(studio.url.replace("http:", "https:"), backend.url) == 1
     assert "speaks no https. Give its address with http://" in capsys.readouterr().out
-    down = {"non_field_errors": ["health check failed"]}
-    studio.routes["/api/ml/"] = reply({"validation_errors": down}, 400)
     assert run(studio.url, backend.url.replace("http:", "https:")) == 1
-    assert "by https, only by http" in capsys.readouterr().out
+    assert "speaks no https. Give its address with http:// (--backend-url)" in capsys.readouterr().out
+
+
+def test_http_where_https_is_spoken(studio: SmallServer, backend: SmallServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with SmallServer(certificate=certificate_for("127.0.0.1", tmp_path)) as secured:
+        plain = secured.url.replace("https:", "http:")
+        assert run(plain, backend.url) == 1
+        assert f"What answers at {plain} speaks https. Give its address with https:// (--url)" in capsys.readouterr().out
+        assert run(studio.url, plain) == 1
+        assert f"What answers at {plain} speaks https. Give its address with https:// (--backend-url)" in capsys.readouterr().out
 
 
 def test_settings_of_the_project_are_mended(

@@ -464,6 +464,23 @@ def test_the_command_learns_first_what_was_labelled_while_no_backend_ran(here: W
     assert here.services.journal.candidates("1")
 
 
+def test_the_command_says_that_it_waits(here: World, studio: SmallLabelStudio) -> None:
+    studio.add(1)
+    studio.before["GET", "/api/projects/1/"] = lambda request: time.sleep(0.7)
+
+    def refuse_once(request: Request) -> Answer:
+        del studio.before["POST", "/api/predictions/"]
+        return Answer(503)
+
+    studio.before["POST", "/api/predictions/"] = refuse_once
+    code = "import sys; from backend import __main__, prelabel_command as p; p.SIGN_SECONDS = 0.3; sys.exit(__main__.main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "prelabel", "--project", "1"]
+    done = subprocess.run(words, env=environment(here), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"Waiting for Label Studio at {here.studio.url} and the core at {here.settings.core_url} … (0 s)" in done.stderr
+    assert f"s: Label Studio at {here.studio.url} answered POST /api/predictions/ with 503" in done.stderr.partition("Nothing has moved for ")[2]
+
+
 def test_the_command_interrupted_leaves_the_run_open(here: World, studio: SmallLabelStudio) -> None:
     studio.add(40)
     studio.before["POST", "/api/predictions/"] = lambda request: time.sleep(0.05)

@@ -136,17 +136,20 @@ def test_a_child_that_dies_is_started_anew_with_growing_pauses(start: Any) -> No
 
 
 def test_a_child_that_refuses_what_it_was_told_ends_everything(start: Any) -> None:
-    run = start([{"name": "a", "command": python("print('no such model'); raise SystemExit(2)")}, {"name": "b", "command": python(DEAF)}], 0.5)
-    assert run.process.wait(20) != 0
-    assert run.text.count("no such model") == 1 and "a | [cannot start" in run.text
+    run = start([{"name": "a", "command": python("import time; time.sleep(0.5); print('no such model'); raise SystemExit(2)")},
+                 {"name": "b", "command": python(GENTLE)}])  # fmt: skip
+    assert run.process.wait(20) == 2
+    run.until(lambda: run.lines[-1] == "a | no such model")
+    assert run.text.count("[started") == 2 and "a | [cannot start" in run.text and "b | finished" in run.lines
 
 
-@pytest.mark.parametrize("wrong", [{"MODEL": "nowhere"}, {"MODEL": "tiny", "DEVICE": "cuda:7"}])
-def test_a_model_or_device_that_is_not_there_ends_the_product_in_words(wrong: dict[str, str], start: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", [{"MODEL": "nowhere"}, {"MODEL": "tiny", "DEVICE": "cuda:7"}, {"MODEL": "tiny", "KPTLLM_DATA": "/proc/nowhere"}])
+def test_a_model_device_or_folder_that_is_not_there_ends_the_product_in_words(wrong: dict[str, str], start: Any, tmp_path: Path) -> None:
     run = start(command=[sys.executable, "-u", "-m", "backend"], PORT=str(free_port()), CORE_PORT=str(free_port()), DATA_DIR=str(tmp_path),
                 CORE_URL="", DATABASE_URL=journal_url(tmp_path), WEB_WORKERS="1", **wrong)  # fmt: skip
     assert run.process.wait(90) == 2
-    assert list(wrong.values())[-1] in run.text and "core    | error:" in run.text and "Traceback" not in run.text
+    run.until(lambda: run.lines[-1].startswith("core    | error:"))
+    assert list(wrong.values())[-1] in run.lines[-1] and "Traceback" not in run.text
 
 
 def test_a_killed_child_comes_back_and_leaves_nothing_behind(start: Any) -> None:
