@@ -132,7 +132,10 @@ class _Search:
             verdicts = self._judged(weights, whole)
             if not verdicts:
                 return []
-            weights = weigh(np.concatenate([v.evidence for v in verdicts]), SWAPS, 1 / SWAPS)
+            # An object that is the wrong way round is one mistake, not as many as it has pairs: these are right once it is turned.
+            # Were each of them counted as one, the witness who tells of it would seem to err, and lose its weight everywhere.
+            pairs = np.concatenate([-v.evidence if v.all_at_once >= 0.5 else v.evidence for v in verdicts])
+            weights = weigh(pairs, SWAPS, 1 / SWAPS)
             whole = weigh(np.stack([v.whole for v in verdicts]), WHOLE, 1 / WHOLE)
             self._put_right(verdicts)
         verdicts = self._judged(weights, whole)

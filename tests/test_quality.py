@@ -17,6 +17,7 @@ from kptllm_core.keypoints import KeypointSchema, KeypointSet, Visibility
 
 NAMES = ("nose", "tail", "left_eye", "right_eye", "left_paw", "right_paw", "left_foot", "right_foot")
 SCHEMA = KeypointSchema(NAMES, "cat", (), ((2, 3), (4, 5), (6, 7)))
+TURNED = {NAMES[i]: NAMES[j] for a, b in SCHEMA.symmetric for i, j in ((a, b), (b, a))}  # left for right and right for left
 REST = np.array([[0, -4], [0, 5], [-1, -3.5], [1, -3.5], [-2, -1], [2, -1], [-2, 4], [2, 4]], float)
 
 
@@ -83,11 +84,31 @@ def test_an_exchanged_pair_is_found_and_told(predict: bool) -> None:
 
 def test_a_whole_object_the_wrong_way_round_is_one_finding() -> None:
     cats = subjects()
-    pairs = {NAMES[a]: NAMES[b] for a, b in SCHEMA.symmetric} | {NAMES[b]: NAMES[a] for a, b in SCHEMA.symmetric}
-    cats[3] = changed(cats[3], pairs)
+    cats[3] = changed(cats[3], TURNED)
     (found,) = find(cats, SCHEMA)
     assert (found.subject.task, found.kind, len(found.points)) == (3, SWAPPED, 6)
     assert "as a whole" in found.reason
+
+
+@pytest.mark.parametrize("count", [10, 20])
+def test_the_layout_tells_what_the_model_says_nothing_of(count: int) -> None:
+    """All other objects have predictions that fit, so that the layout is not needed for them: it is believed all the same."""
+    for seed in range(5):
+        cats = subjects(count, predict=True, seed=seed)
+        cats[3] = dataclasses.replace(changed(cats[3], TURNED), predicted=None)
+        assert [(f.subject.task, f.kind, len(f.points)) for f in find(cats, SCHEMA)] == [(3, SWAPPED, 6)], seed
+
+
+def test_a_mirrored_object_is_found_though_the_model_has_none_of_its_points_there() -> None:
+    found = []
+    for seed in range(10):
+        cats = subjects(10, predict=True, seed=seed)
+        labelled = cats[3].labelled
+        xy = labelled.xy.copy()
+        xy[:, 0] = 2 * xy[:, 0].mean() - xy[:, 0]
+        cats[3] = dataclasses.replace(cats[3], labelled=KeypointSet(NAMES, xy, labelled.visibility))
+        found += [f for f in find(cats, SCHEMA) if f.kind == SWAPPED and len(f.points) == 6]
+    assert {f.subject.task for f in found} == {3} and len(found) >= 7
 
 
 def test_two_points_that_are_no_pair_are_misnamed() -> None:
